@@ -1,0 +1,161 @@
+"""The one place a person starts from: `nox -l` is the menu.
+
+Sessions share two environments under `.nox/`: `deploy` (what a controller needs) and `dev` (that and the
+test tools), each rebuilt only when its lock file changes. Arguments after `--` go to ansible-playbook.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).resolve().parent
+CACHE = ROOT / ".cache"
+WORKER_WHEELS = "templates/images/requirements-worker.txt"
+IN_CI = bool(os.environ.get("CI"))
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["deploy"]
+nox.options.error_on_external_run = False
+
+# Molecule writes an ansible.cfg of its own, so what ansible.cfg says about paths is said here once more;
+# the environment wins over either file.
+ENV = {
+    "ANSIBLE_ROLES_PATH": str(ROOT / "roles"),
+    "ANSIBLE_FILTER_PLUGINS": str(ROOT / "plugins/filter"),
+    "ANSIBLE_LIBRARY": str(ROOT / "plugins/modules"),
+    "ANSIBLE_CALLBACK_PLUGINS": str(ROOT / "plugins/callback"),
+    "ANSIBLE_COLLECTIONS_PATH": str(CACHE / "collections"),
+    "ANSIBLE_PIPELINING": "true",
+    "ANSIBLE_INJECT_FACT_VARS": "false",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONPATH": str(ROOT / "src"),
+}
+
+
+def environment(session: nox.Session, name: str) -> dict[str, str]:
+    """Make the environment `name` if its lock files changed, and return the process environment that uses it."""
+    home = ROOT / ".nox" / f"env-{name}"
+    locks = [ROOT / "requirements" / f"{name}.txt"]
+    if name == "dev":
+        locks.append(ROOT / WORKER_WHEELS)
+    stamp = hashlib.sha256(sys.version.encode() + b"".join(lock.read_bytes() for lock in locks)).hexdigest()
+    marker = home / "pdstack.stamp"
+    python = home / "bin" / "python"
+    if not marker.is_file() or marker.read_text() != stamp:
+        session.log(f"creating the {name} environment (about a minute, once)")
+        shutil.rmtree(home, ignore_errors=True)
+        session.run_always(sys.executable, "-m", "virtualenv", "-q", str(home), external=True)
+        pip = [str(python), "-m", "pip", "install", "--progress-bar", "off", "--disable-pip-version-check"]
+        session.run_always(*pip, "--require-hashes", "-r", str(locks[0]), external=True)
+        for lock in locks[1:]:
+            session.run_always(*pip, "--require-hashes", "--no-deps", "-r", str(lock), external=True)
+        marker.write_text(stamp)
+    env = ENV | {"PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}", "VIRTUAL_ENV": str(home)}
+    session.run_always(str(python), "-m", "pdstack.deploy.collections", "--cache", str(CACHE), env=env, external=True)
+    return env
+
+
+def playbook(session: nox.Session, name: str, *args: str, env: dict[str, str] | None = None) -> None:
+    """Run a playbook over the inventory that the arguments name, or over inventories/local."""
+    env = env or environment(session, "deploy")
+    given = any(arg == "-i" or arg.startswith(("-i", "--inventory")) for arg in args)
+    common = ["-i", "inventories/common"] if given else []
+    session.run("ansible-playbook", *common, name, *args, env=env, external=True)
+
+
+@nox.session
+def deploy(session: nox.Session) -> None:
+    """Bring the inventory up: validate, hosts, images, coordination, serving, verify."""
+    playbook(session, "site.yml", *session.posargs)
+
+
+@nox.session(default=False)
+def verify(session: nox.Session) -> None:
+    """Prove a running deployment: versions, health, answers token for token, the KV path."""
+    playbook(session, "playbooks/verify.yml", "-e", "verify__depth=full", *session.posargs)
+
+
+@nox.session(default=False)
+def status(session: nox.Session) -> None:
+    """Show each service of the inventory: version, health, endpoint."""
+    playbook(session, "playbooks/status.yml", *session.posargs)
+
+
+@nox.session(default=False)
+def destroy(session: nox.Session) -> None:
+    """Remove everything the inventory deployed (-- --purge: images, caches and model too)."""
+    args = list(session.posargs)
+    if "--purge" in args:
+        args.remove("--purge")
+        args += ["-e", "pdstack_purge=true"]
+    playbook(session, "playbooks/lifecycle/destroy.yml", *args)
+
+
+@nox.session(default=False)
+def lint(session: nox.Session) -> None:
+    """Ruff, mypy strict, yamllint, ansible-lint production, role specs equal to defaults, role READMEs fresh."""
+    env = environment(session, "dev")
+    session.run("ruff", "check", ".", env=env)
+    session.run("ruff", "format", "--check", ".", env=env)
+    session.run("mypy", env=env)
+    session.run("yamllint", "--strict", ".", env=env)
+    session.run("python", "-m", "pdstack.deploy.argspecs", "--check", env=env)
+    session.run("python", "-m", "pdstack.deploy.roledocs", "--check", env=env)
+    session.run("ansible-lint", "--offline", "--strict", "-c", ".config/ansible-lint.yml", env=env)
+
+
+@nox.session(default=False)
+def unit(session: nox.Session) -> None:
+    """Unit tests, inventory cases, and the workers against a real etcd, NATS and frontend, without containers."""
+    env = environment(session, "dev")
+    session.run("pytest", "tests/unit", "tests/inventory_cases", "tests/integration", *session.posargs, env=env)
+
+
+@nox.session(default=False)
+def molecule(session: nox.Session) -> None:
+    """A scenario for every Ansible role on a systemd container (-- SCENARIO for one of them)."""
+    env = environment(session, "dev")
+    session.run("python", "-m", "tests.molecule", *session.posargs, env=env | {"PYTHONPATH": f"{ROOT}/src:{ROOT}"})
+
+
+@nox.session(default=False)
+def e2e(session: nox.Session) -> None:
+    """Deploy, verify over both backends, kill each container in turn, destroy."""
+    env = environment(session, "dev")
+    session.run("pytest", "tests/e2e", "-x", "-s", *session.posargs, env=env)
+
+
+@nox.session(default=False)
+def tests(session: nox.Session) -> None:
+    """Everything above that tests, in order; stops a container engine that it had to start."""
+    for name in ("lint", "unit", "molecule", "e2e", "stop_engine"):
+        session.notify(name)
+
+
+@nox.session(default=False)
+def stop_engine(session: nox.Session) -> None:
+    """Stop the container engine if pdstack started it and nothing runs on it."""
+    playbook(session, "playbooks/lifecycle/stop_engine.yml", *session.posargs)
+
+
+@nox.session(default=False)
+def lock(session: nox.Session) -> None:
+    """Renew requirements/*.txt from requirements/*.in (needs uv on the PATH)."""
+    for name in ("deploy", "dev"):
+        session.run(
+            "uv", "pip", "compile", "--quiet", "--universal", "--upgrade", "--generate-hashes",
+            "--python-version", "3.11", "--no-emit-index-url", "--custom-compile-command", "nox -s lock",
+            f"requirements/{name}.in", "-o", f"requirements/{name}.txt", external=True,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    nox.main()
