@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,11 +17,9 @@ import nox
 ROOT = Path(__file__).resolve().parent
 CACHE = ROOT / ".cache"
 WORKER_WHEELS = "templates/images/requirements-worker.txt"
-IN_CI = bool(os.environ.get("CI"))
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["deploy"]
 nox.options.error_on_external_run = False
 
 # Molecule writes an ansible.cfg of its own, so what ansible.cfg says about paths is said here once more;
@@ -71,7 +68,7 @@ def playbook(session: nox.Session, name: str, *args: str, env: dict[str, str] | 
     session.run("ansible-playbook", *common, name, *args, env=env, external=True)
 
 
-@nox.session
+@nox.session(default=False)
 def deploy(session: nox.Session) -> None:
     """Bring the inventory up: validate, hosts, images, coordination, serving, verify."""
     playbook(session, "site.yml", *session.posargs)

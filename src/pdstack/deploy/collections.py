@@ -100,7 +100,7 @@ def main() -> int:
         sys.stderr.write(
             f"collections: {pin['wheel']}=={pin['version']} (sha256 {pin['sha256'][:12]}…) could not be fetched.\n"
             "  wanted: the Python index that pip uses, reachable from here, with the checksum unchanged\n"
-            "  fix:    check `pip download` by hand (index, proxy, CA), or put the collections into .cache/collections\n"
+            "  fix:    check `pip download` by hand (index, proxy, CA), or fill .cache/collections yourself\n"
         )
         return 1
     return 0
