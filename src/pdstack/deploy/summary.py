@@ -1,0 +1,87 @@
+"""What a person reads at the end of a run: the services, the KV path and the line to try.
+
+All figures come from `verify.json`, which the verification wrote from its own measurements; nothing is filled in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HEADINGS = ("service", "host", "version", "health", "endpoint")
+
+
+def columns(rows: Iterable[Sequence[str]], gap: str = "  ") -> list[str]:
+    """Return the rows as lines of equal columns, without trailing blanks; all rows have the same length."""
+    table = [tuple(row) for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    return [gap.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def service_table(services: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the table of services, headings first; a missing value shows as `-`."""
+    rows = [tuple(str(service.get(heading) or "-") for heading in HEADINGS) for service in services]
+    return columns([HEADINGS, *rows])
+
+
+def kv_line(kv: Mapping[str, Any]) -> str:
+    """Return the KV path in one line: backend, transport, speed and its share of a memcpy of the same run."""
+    transports = ", ".join(kv.get("transports") or ()) or "none seen"
+    line = f"KV path: backend {kv.get('backend', '-')}, transport {transports}"
+    speed, limit = kv.get("gb_per_s"), kv.get("memcpy_gb_per_s")
+    if speed is not None:
+        line += f", {speed:.2f} GB/s"
+    if speed is not None and limit:
+        line += f" = {100 * speed / limit:.0f} % of memcpy ({limit:.2f} GB/s)"
+    return line
+
+
+def checks_line(verify: Mapping[str, Any]) -> str:
+    """Return what was proved, in one line."""
+    equal = verify.get("equality") or {}
+    if not equal:
+        return "Answers: not compared in this run"
+    how = "from the cache of an earlier run with the same content" if equal.get("reference_cached") else "computed now"
+    return (
+        f"Answers: {equal['prompts']} prompts of {equal['shortest']} to {equal['longest']} tokens, {equal['tokens']} "
+        f"tokens equal to the aggregated run ({how})"
+    )
+
+
+def curl_line(url: str, model: str) -> str:
+    """Return the shell command that asks the model something and streams the answer."""
+    body = {
+        "model": model,
+        "stream": True,
+        "max_tokens": 64,
+        "messages": [{"role": "user", "content": "Why is the sky blue?"}],
+    }
+    return f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+
+
+def render(deployment: Mapping[str, Any], verify: Mapping[str, Any]) -> str:
+    """Return the summary as text without a final newline. `verify` may be empty: then only the curl line is shown."""
+    lines: list[str] = []
+    if verify.get("services"):
+        lines += [*service_table(verify["services"]), ""]
+    if verify.get("kv"):
+        lines += [kv_line(verify["kv"])]
+    if verify:
+        lines += [checks_line(verify)]
+    frontends = deployment["topology"]["frontends"]
+    if frontends:
+        lines += ["Try it:", "  " + curl_line(frontends[0]["url"], deployment["model"]["name"])]
+    return "\n".join(lines)
+
+
+def load(deployment_file: Path) -> str:
+    """Return the summary of the deployment described by a file; FileNotFoundError when there is none.
+
+    `verify.json` beside it is used if it is younger than the deployment: an older one speaks of another deployment.
+    """
+    deployment = json.loads(deployment_file.read_text())
+    results = deployment_file.with_name("verify.json")
+    fresh = results.is_file() and results.stat().st_mtime_ns >= deployment_file.stat().st_mtime_ns
+    return render(deployment, json.loads(results.read_text()) if fresh else {})

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdstack.deploy import summary
+
+DEPLOYMENT: dict[str, Any] = {
+    "model": {"name": "tiny"},
+    "topology": {"frontends": [{"url": "http://127.0.0.1:8000"}]},
+}
+VERIFY: dict[str, Any] = {
+    "services": [
+        {
+            "service": "etcd",
+            "host": "localhost",
+            "version": "3.4.23",
+            "health": "healthy",
+            "endpoint": "http://127.0.0.1:2379",
+        },
+        {"service": "decode-0", "host": "a-long-host", "version": "0.7.0.post1", "health": "healthy", "endpoint": None},
+    ],
+    "kv": {"backend": "ucx", "transports": ["cma"], "gb_per_s": 4.0, "memcpy_gb_per_s": 8.0},
+    "equality": {"prompts": 20, "shortest": 1, "longest": 1500, "tokens": 320, "reference_cached": False},
+}
+
+
+def test_columns_line_up_and_have_no_trailing_blanks() -> None:
+    lines = summary.service_table(VERIFY["services"])
+    assert lines[0].split() == list(summary.HEADINGS)
+    assert lines[1].index("localhost") == lines[2].index("a-long-host") == lines[0].index("host")
+    assert lines[2].endswith("-")
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_the_kv_line_names_backend_transport_speed_and_share() -> None:
+    assert summary.kv_line(VERIFY["kv"]) == (
+        "KV path: backend ucx, transport cma, 4.00 GB/s = 50 % of memcpy (8.00 GB/s)"
+    )
+
+
+def test_an_unmeasured_speed_is_left_out_and_not_made_up() -> None:
+    assert summary.kv_line({"backend": "nixl"}) == "KV path: backend nixl, transport none seen"
+
+
+def test_the_curl_line_is_a_shell_command_with_a_valid_body() -> None:
+    line = summary.curl_line("http://127.0.0.1:8000", "tiny")
+    body = json.loads(line.split("-d '")[1].removesuffix("'"))
+    assert body["model"] == "tiny"
+    assert body["stream"] is True
+
+
+def test_the_whole_reads_table_path_answers_and_command() -> None:
+    text = summary.render(DEPLOYMENT, VERIFY)
+    order = [text.index(part) for part in ("service", "etcd", "KV path", "20 prompts", "curl -N")]
+    assert order == sorted(order)
+
+
+@pytest.mark.parametrize(("age", "shown"), [(10, True), (-10, False)])
+def test_results_older_than_the_deployment_are_not_shown(tmp_path: Path, age: int, shown: bool) -> None:
+    deployment, verify = tmp_path / "deployment.json", tmp_path / "verify.json"
+    deployment.write_text(json.dumps(DEPLOYMENT))
+    verify.write_text(json.dumps(VERIFY))
+    os.utime(deployment, (1000, 1000))
+    os.utime(verify, (1000 + age, 1000 + age))
+    assert ("KV path" in summary.load(deployment)) is shown
+    assert "curl -N" in summary.load(deployment)
