@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+from pathlib import Path
 
 from ansible.plugins.callback import CallbackBase
 
-from pdstack.deploy.progress import Heartbeat
+# Found from here, so that a plain `ansible-playbook site.yml` works too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+
+from pdstack.deploy.progress import Heartbeat  # noqa: E402 - needs the path above
 
 DOCUMENTATION = """
 name: pdstack_progress

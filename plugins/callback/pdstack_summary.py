@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from ansible.plugins.callback import CallbackBase
 
-from pdstack.deploy import summary
+# Found from here, so that a plain `ansible-playbook site.yml` works too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+
+from pdstack.deploy import summary  # noqa: E402 - needs the path above
 
 DOCUMENTATION = """
 name: pdstack_summary
