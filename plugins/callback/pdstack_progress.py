@@ -12,7 +12,7 @@ from ansible.plugins.callback import CallbackBase
 # Found from here, so that a plain `ansible-playbook site.yml` works too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-from pdstack.deploy.progress import Heartbeat  # noqa: E402 - needs the path above
+from pdstack.deploy.progress import Heartbeat
 
 DOCUMENTATION = """
 name: pdstack_progress

@@ -10,7 +10,7 @@ from ansible.plugins.callback import CallbackBase
 # Found from here, so that a plain `ansible-playbook site.yml` works too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-from pdstack.deploy import summary  # noqa: E402 - needs the path above
+from pdstack.deploy import summary
 
 DOCUMENTATION = """
 name: pdstack_summary
