@@ -1,0 +1,130 @@
+"""Which keys, types and ranges the inventory's variables may have; the data that `validate` works from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "kv_transfer_backend": ("ucx", "nixl"),
+    "router_mode": ("round-robin", "random", "kv"),
+    "image_source": ("registry", "build", "auto"),
+    "model_source": ("package", "path", "hub", "tiny"),
+    "engine": ("reference",),
+}
+
+
+def closest(value: str, choices: Sequence[str]) -> str:
+    """Return ` (did you mean 'x'?)` when one of `choices` is near `value`, else nothing."""
+    near = difflib.get_close_matches(value, choices, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One key: its kind (int, number, bool, str, list, dict, strings), its range, and whether it must be there."""
+
+    kind: str
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: tuple[str, ...] = ()
+    required: bool = True
+
+    @property
+    def text(self) -> str:
+        """What is wanted, in words."""
+        words = {
+            "int": "a whole number", "number": "a number", "bool": "true or false", "str": "a text",
+            "list": "a list of texts", "dict": "a mapping", "strings": "a mapping of texts",
+        }[self.kind]  # fmt: skip
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if self.minimum is not None and self.maximum is not None:
+            return f"{words} from {self.minimum:g} to {self.maximum:g}"
+        return words if self.minimum is None else f"{words} of {self.minimum:g} or more"
+
+    def wrong(self, value: Any) -> str | None:
+        """Return what is wanted when `value` does not fit, None when it does."""
+        fits = {
+            "int": isinstance(value, int) and not isinstance(value, bool),
+            "number": isinstance(value, int | float) and not isinstance(value, bool),
+            "bool": isinstance(value, bool),
+            "str": isinstance(value, str),
+            "list": isinstance(value, list | tuple) and all(isinstance(item, str) for item in value),
+            "dict": isinstance(value, Mapping),
+            "strings": isinstance(value, Mapping) and all(isinstance(item, str) for item in value.values()),
+        }[self.kind]
+        if fits and self.choices:
+            fits = value in self.choices
+        if fits and self.minimum is not None:
+            fits = value >= self.minimum
+        if fits and self.maximum is not None:
+            fits = value <= self.maximum
+        return None if fits else self.text
+
+
+SCALARS: dict[str, Field] = {
+    "pdstack_name": Field("str"),
+    "pdstack_port_offset": Field("int", 0, 60000),
+    "pdstack_uid": Field("int", 1, 2**31 - 1),
+    "model_ref": Field("str"),
+    "model_name": Field("str"),
+    "migration_limit": Field("int", 0, 100),
+    "drain_timeout_s": Field("number", 0, 3600),
+}
+
+PORTS: dict[str, Field] = {
+    key: Field("int", 1, 65535)
+    for key in (
+        "frontend", "etcd_client", "etcd_peer", "nats_client", "nats_monitor", "worker_status", "worker_transfer",
+    )
+}  # fmt: skip
+
+ENGINE_SETTINGS: dict[str, Field] = {
+    "block_size": Field("int", 1, 1024),
+    "kv_blocks": Field("int", 1),
+    "max_context": Field("int", 1),
+    "max_batch": Field("int", 1, 4096),
+    "prefill_chunk": Field("int", 1),
+    "queue_limit": Field("int", 0),
+    "queue_timeout_s": Field("number", 0, 3600),
+    "threads": Field("int", 1, 1024),
+    "prefix_cache": Field("bool"),
+    "default_max_tokens": Field("int", 1),
+}
+
+TRANSFER_SETTINGS: dict[str, Field] = {
+    "ticket_ttl_s": Field("number", 1, 3600),
+    "read_timeout_s": Field("number", 0.1, 3600),
+    "heartbeat_s": Field("number", 0.1, 600),
+}
+
+FABRIC: dict[str, Field] = {
+    "description": Field("str"),
+    "env": Field("strings"),
+    "pid_mode": Field("str", choices=("private", "host")),
+    "ipc_mode": Field("str", choices=("private", "host")),
+    "capabilities": Field("list"),
+    "ulimits": Field("list"),
+    "transports": Field("list"),
+}
+
+WORKER: dict[str, Field] = {
+    "name": Field("str", required=False),
+    "engine": Field("dict", required=False),
+    "env": Field("strings", required=False),
+}
+
+VERSIONS: dict[str, Field] = {
+    "dynamo": Field("str"),
+    "tensorrt_llm": Field("str"),
+    "nixl": Field("str"),
+    "ucx": Field("str"),
+    "etcd": Field("str"),
+    "nats": Field("str"),
+    "images": Field("dict"),
+    "collections": Field("dict"),
+    "models": Field("dict"),
+}

@@ -1,0 +1,238 @@
+"""The deployment derived from the inventory: which service runs where, on which ports, under which name.
+
+Everything that one service must know of another comes from here, so that it is never typed twice. `build` is pure:
+the same groups and variables give the same topology, in the order of the inventory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+ROLES = ("prefill", "decode")
+LOOPBACK = "127.0.0.1"
+
+
+class Etcd(TypedDict):
+    """One etcd member."""
+
+    host: str
+    address: str
+    member: str
+    client_port: int
+    peer_port: int
+    client_url: str
+    peer_url: str
+    container: str
+
+
+class Nats(TypedDict):
+    """One NATS server."""
+
+    host: str
+    address: str
+    client_port: int
+    monitor_port: int
+    url: str
+    monitor_url: str
+    container: str
+
+
+class Frontend(TypedDict):
+    """One frontend (OpenAI-compatible HTTP)."""
+
+    host: str
+    address: str
+    port: int
+    url: str
+    container: str
+
+
+class Worker(TypedDict):
+    """One worker; `index` counts all workers of the deployment and decides its ports."""
+
+    name: str
+    role: str
+    host: str
+    address: str
+    index: int
+    status_port: int
+    transfer_port: int
+    status_url: str
+    container: str
+    engine: dict[str, Any]
+    env: dict[str, str]
+
+
+class Topology(TypedDict):
+    """The whole deployment."""
+
+    name: str
+    etcd: list[Etcd]
+    nats: list[Nats]
+    frontends: list[Frontend]
+    workers: list[Worker]
+    etcd_endpoints: list[str]
+    etcd_initial_cluster: str
+    nats_server: str
+
+
+class PortUse(TypedDict):
+    """One port that a service of the deployment listens on."""
+
+    host: str
+    port: int
+    service: str
+    container: str
+
+
+def host_address(host: str, variables: Mapping[str, Any]) -> str:
+    """Return where the other hosts reach `host`: `pdstack_address`, else loopback for a local connection, else its name."""
+    if address := variables.get("pdstack_address"):
+        return str(address)
+    if variables.get("ansible_connection") == "local":
+        return LOOPBACK
+    return str(variables.get("ansible_host") or host)
+
+
+def bracketed(address: str) -> str:
+    """Return `address` as it stands in a URL (IPv6 in brackets)."""
+    return f"[{address}]" if ":" in address else address
+
+
+def worker_items(variables: Mapping[str, Any], role: str) -> list[Mapping[str, Any]]:
+    """Return the worker entries that a host's variables list for `role`; what is no mapping is left out (see validate)."""
+    items = variables.get(f"{role}_workers")
+    if not isinstance(items, Sequence) or isinstance(items, str):
+        return []
+    return [item for item in items if isinstance(item, Mapping)]
+
+
+def container_name(deployment: str, service: str) -> str:
+    """Return the container of `service` in `deployment`."""
+    return f"pdstack-{deployment}-{service}"
+
+
+def build(
+    groups: Mapping[str, Sequence[str]], hosts: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]
+) -> Topology:
+    """Return the topology of an inventory that passed `validate.problems`.
+
+    `groups` maps a group to its hosts, `hosts` a host to its variables, `settings` is `pdstack_settings`.
+    Workers are numbered per role in inventory order (`prefill-0`, `prefill-1`, ...), unless an entry names itself.
+    """
+    name = str(settings["pdstack_name"])
+    offset = int(settings["pdstack_port_offset"])
+    port = {key: int(value) + offset for key, value in settings["pdstack_ports"].items()}
+    address = {host: host_address(host, hosts[host]) for group in groups.values() for host in group if host in hosts}
+
+    etcd: list[Etcd] = [
+        {
+            "host": host,
+            "address": address[host],
+            "member": host,
+            "client_port": port["etcd_client"],
+            "peer_port": port["etcd_peer"],
+            "client_url": f"http://{bracketed(address[host])}:{port['etcd_client']}",
+            "peer_url": f"http://{bracketed(address[host])}:{port['etcd_peer']}",
+            "container": container_name(name, "etcd"),
+        }
+        for host in groups.get("etcd", ())
+    ]
+    nats: list[Nats] = [
+        {
+            "host": host,
+            "address": address[host],
+            "client_port": port["nats_client"],
+            "monitor_port": port["nats_monitor"],
+            "url": f"nats://{bracketed(address[host])}:{port['nats_client']}",
+            "monitor_url": f"http://{bracketed(address[host])}:{port['nats_monitor']}",
+            "container": container_name(name, "nats"),
+        }
+        for host in groups.get("nats", ())
+    ]
+    frontends: list[Frontend] = [
+        {
+            "host": host,
+            "address": address[host],
+            "port": port["frontend"],
+            "url": f"http://{bracketed(address[host])}:{port['frontend']}",
+            "container": container_name(name, "frontend"),
+        }
+        for host in groups.get("frontend", ())
+    ]
+    return {
+        "name": name,
+        "etcd": etcd,
+        "nats": nats,
+        "frontends": frontends,
+        "workers": _workers(name, groups, hosts, address, port),
+        "etcd_endpoints": [member["client_url"] for member in etcd],
+        "etcd_initial_cluster": ",".join(f"{member['member']}={member['peer_url']}" for member in etcd),
+        "nats_server": nats[0]["url"] if nats else "",
+    }
+
+
+def _workers(
+    deployment: str,
+    groups: Mapping[str, Sequence[str]],
+    hosts: Mapping[str, Mapping[str, Any]],
+    address: Mapping[str, str],
+    port: Mapping[str, int],
+) -> list[Worker]:
+    named: list[tuple[str, str, str, Mapping[str, Any]]] = []
+    for role in ROLES:
+        count = 0
+        for host in groups.get(role, ()):
+            for item in worker_items(hosts[host], role):
+                named.append((str(item.get("name") or f"{role}-{count}"), role, host, item))
+                count += 1
+    # Sorted by name, so that the number (and with it the ports) does not hang on the order of the groups.
+    return [
+        {
+            "name": worker,
+            "role": role,
+            "host": host,
+            "address": address[host],
+            "index": index,
+            "status_port": port["worker_status"] + index,
+            "transfer_port": port["worker_transfer"] + index,
+            "status_url": f"http://{bracketed(address[host])}:{port['worker_status'] + index}",
+            "container": container_name(deployment, worker),
+            "engine": dict(item.get("engine") or {}),
+            "env": {str(key): str(value) for key, value in (item.get("env") or {}).items()},
+        }
+        for index, (worker, role, host, item) in enumerate(sorted(named, key=lambda entry: entry[0]))
+    ]
+
+
+def port_uses(topology: Topology) -> list[PortUse]:
+    """Return every port the deployment listens on, host by host as the services are listed."""
+    uses: list[PortUse] = []
+
+    def add(host: str, port: int, service: str, container: str) -> None:
+        uses.append({"host": host, "port": port, "service": service, "container": container})
+
+    for member in topology["etcd"]:
+        add(member["host"], member["client_port"], "etcd (client)", member["container"])
+        add(member["host"], member["peer_port"], "etcd (peer)", member["container"])
+    for server in topology["nats"]:
+        add(server["host"], server["client_port"], "NATS (client)", server["container"])
+        add(server["host"], server["monitor_port"], "NATS (monitor)", server["container"])
+    for frontend in topology["frontends"]:
+        add(frontend["host"], frontend["port"], "frontend", frontend["container"])
+    for worker in topology["workers"]:
+        add(worker["host"], worker["status_port"], f"worker {worker['name']} (status)", worker["container"])
+        # A decode worker calls the prefill workers and listens on nothing else.
+        if worker["role"] == "prefill":
+            add(worker["host"], worker["transfer_port"], f"worker {worker['name']} (transfer)", worker["container"])
+    return uses
+
+
+def hosts_of(topology: Topology, *kinds: str) -> list[str]:
+    """Return the hosts that run any of `kinds` (etcd, nats, frontends, workers), each once, in inventory order."""
+    seen: dict[str, None] = {}
+    for kind in kinds:
+        for entry in topology[kind]:  # type: ignore[literal-required]  # kinds are checked by the callers' constants
+            seen.setdefault(entry["host"])
+    return list(seen)

@@ -1,0 +1,262 @@
+"""What can be known to be wrong from the inventory alone, before any host is touched.
+
+`problems` returns all of them at once; each says what was looked at, what was found, what was wanted and how to fix it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pdstack.deploy import topology, versions
+from pdstack.deploy.schema import (
+    CHOICES,
+    ENGINE_SETTINGS,
+    FABRIC,
+    PORTS,
+    SCALARS,
+    TRANSFER_SETTINGS,
+    VERSIONS,
+    WORKER,
+    Field,
+    closest,
+)
+
+HIGHEST_PORT = 65535
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+GROUPS = ("etcd", "nats", "frontend", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: what was checked, what was found, what was wanted, how to fix it."""
+
+    what: str
+    found: str
+    wanted: str
+    fix: str
+
+
+def problems(
+    groups: Mapping[str, Sequence[str]], hosts: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]
+) -> list[Problem]:
+    """Return every problem of the inventory, in the order of the settings; an empty list when it can be deployed.
+
+    `groups` maps a group to its hosts, `hosts` a host to its variables, `settings` is `pdstack_settings`.
+    """
+    found = [*_scalars(settings), *_choices(settings), *_dicts(settings, hosts), *_groups(groups)]
+    found += _workers(groups, hosts)
+    found += [*_gates(settings, hosts)]
+    # The topology can only be derived from settings of the right types.
+    if not any(problem.what.startswith(("pdstack_", "prefill_workers", "decode_workers")) for problem in found):
+        found += [*_ports(groups, hosts, settings)]
+    return found
+
+
+def render(found: Sequence[Problem]) -> str:
+    """Return the problems as the text an operator reads."""
+    count = f"{len(found)} problem{'s' if len(found) != 1 else ''}"
+    lines = [f"The inventory cannot be deployed: {count}. Nothing was changed."]
+    for number, problem in enumerate(found, start=1):
+        lines += [
+            "",
+            f"{number}. {problem.what}",
+            f"   found:  {problem.found}",
+            f"   wanted: {problem.wanted}",
+            f"   fix:    {problem.fix}",
+        ]
+    return "\n".join(lines)
+
+
+def _show(value: object) -> str:
+    return "nothing" if value is None or value == "" else repr(value)
+
+
+def _scalars(settings: Mapping[str, Any]) -> Iterator[Problem]:
+    for key, field in SCALARS.items():
+        if (wrong := field.wrong(settings.get(key))) is not None:
+            yield Problem(key, _show(settings.get(key)), wrong, f"set {key} in the inventory's group_vars/all.yml")
+    name = settings.get("pdstack_name")
+    if isinstance(name, str) and not NAME.fullmatch(name):
+        yield Problem(
+            "pdstack_name", _show(name), "1 to 32 of a-z, 0-9 and -, beginning and ending with a letter or digit",
+            "choose another pdstack_name (it names containers, directories and the Dynamo namespace)",
+        )  # fmt: skip
+    if settings.get("model_source") in ("path", "hub") and not settings.get("model_ref"):
+        wanted = "a directory on the controller" if settings["model_source"] == "path" else "a repository (owner/name)"
+        yield Problem(
+            f"model_ref (model_source is {settings['model_source']})", "nothing", wanted, "set model_ref, or model_source: package"
+        )
+
+
+def _choices(settings: Mapping[str, Any]) -> Iterator[Problem]:
+    for key, choices in CHOICES.items():
+        value = settings.get(key)
+        if value not in choices:
+            yield Problem(
+                key, _show(value), f"one of {', '.join(choices)}",
+                f"set {key} to one of them{closest(str(value), choices)}",
+            )  # fmt: skip
+
+
+def _mapping(what: str, value: object, fields: Mapping[str, Field], required: bool = True) -> Iterator[Problem]:
+    """Check a dict variable key by key: no unknown key, no missing one, every value of its type and range."""
+    if not isinstance(value, Mapping):
+        yield Problem(what, _show(value), f"a mapping with the keys {', '.join(fields)}", f"write {what} as a mapping")
+        return
+    for key in value:
+        if key not in fields:
+            yield Problem(
+                f"{what}.{key}", "an unknown key", f"one of {', '.join(fields)}",
+                f"remove it or correct its spelling{closest(str(key), list(fields))}",
+            )  # fmt: skip
+    for key, field in fields.items():
+        if key not in value:
+            if required and field.required:
+                yield Problem(
+                    f"{what}.{key}", "nothing", field.text,
+                    f"add it: a dict variable replaces the whole default, copy {what} from inventories/common",
+                )  # fmt: skip
+        elif (wrong := field.wrong(value[key])) is not None:
+            yield Problem(f"{what}.{key}", _show(value[key]), wrong, f"correct {what}.{key}")
+
+
+def _dicts(settings: Mapping[str, Any], hosts: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
+    yield from _mapping("pdstack_ports", settings.get("pdstack_ports"), PORTS)
+    yield from _mapping("engine_defaults", settings.get("engine_defaults"), ENGINE_SETTINGS)
+    yield from _mapping("transfer_defaults", settings.get("transfer_defaults"), TRANSFER_SETTINGS)
+    yield from _mapping("transfer_settings", settings.get("transfer_settings"), TRANSFER_SETTINGS, required=False)
+    yield from _mapping("versions", settings.get("versions"), VERSIONS)
+    fabrics = settings.get("kv_fabrics")
+    if not isinstance(fabrics, Mapping):
+        yield Problem("kv_fabrics", _show(fabrics), "a mapping of profiles", "see inventories/common/group_vars/all/fabrics.yml")
+        fabrics = {}
+    for name, profile in fabrics.items():
+        yield from _mapping(f"kv_fabrics.{name}", profile, FABRIC)
+    for value, names in _by_value(hosts, "engine_settings"):
+        yield from _mapping(f"engine_settings{_on(names, hosts)}", value, ENGINE_SETTINGS, required=False)
+    for value, names in _by_value(hosts, "kv_fabric"):
+        if value not in fabrics:
+            yield Problem(
+                f"kv_fabric{_on(names, hosts)}", _show(value), f"one of {', '.join(map(str, fabrics))}",
+                f"choose a profile of kv_fabrics, or add one{closest(str(value), list(fabrics))}",
+            )  # fmt: skip
+
+
+def _by_value(hosts: Mapping[str, Mapping[str, Any]], key: str) -> Iterator[tuple[Any, list[str]]]:
+    """Group the hosts by the value they have for `key`, so that a fleet-wide mistake is told once."""
+    seen: list[tuple[Any, list[str]]] = []
+    for host, variables in hosts.items():
+        value = variables.get(key)
+        for other, names in seen:
+            if other == value:
+                names.append(host)
+                break
+        else:
+            seen.append((value, [host]))
+    yield from seen
+
+
+def _on(names: Sequence[str], hosts: Mapping[str, Any]) -> str:
+    return "" if len(names) == len(hosts) else f" on {', '.join(names)}"
+
+
+def _groups(groups: Mapping[str, Sequence[str]]) -> Iterator[Problem]:
+    for group in GROUPS:
+        members = list(groups.get(group, ()))
+        if not members:
+            yield Problem(
+                f"group {group}", "no host", "at least one host",
+                f"put a host into the group {group} (a host may be in several groups)",
+            )  # fmt: skip
+    count = len(groups.get("etcd", ()))
+    if count and count % 2 == 0:
+        yield Problem(
+            "group etcd", f"{count} hosts ({', '.join(groups['etcd'])})", "an odd number",
+            f"use {count - 1} or {count + 1}: {count} members lose their quorum as soon as {count - 1} would",
+        )  # fmt: skip
+    if len(groups.get("nats", ())) > 1:
+        yield Problem(
+            "group nats", f"{len(groups['nats'])} hosts ({', '.join(groups['nats'])})", "one host",
+            "keep one: clustered JetStream is not deployed by this version",
+        )  # fmt: skip
+
+
+def _workers(groups: Mapping[str, Sequence[str]], hosts: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
+    names: list[tuple[str, str]] = []
+    for role in topology.ROLES:
+        count = 0
+        for host in groups.get(role, ()):
+            key = f"{role}_workers"
+            items = hosts[host].get(key)
+            if not isinstance(items, Sequence) or isinstance(items, str) or not items:
+                yield Problem(
+                    f"{key} on {host}", _show(items), "a list with an entry per worker, for example [{}]",
+                    f"give {host} a {key} list, or take it out of the group {role}",
+                )  # fmt: skip
+                continue
+            for position, item in enumerate(items):
+                what = f"{key}[{position}] on {host}"
+                yield from _mapping(what, item, WORKER, required=False)
+                if not isinstance(item, Mapping):
+                    continue
+                if isinstance(item.get("engine"), Mapping):
+                    yield from _mapping(f"{what}.engine", item["engine"], ENGINE_SETTINGS, required=False)
+                name = item.get("name") or f"{role}-{count}"
+                count += 1
+                if not isinstance(name, str) or not NAME.fullmatch(name):
+                    yield Problem(f"{what}.name", _show(name), "1 to 32 of a-z, 0-9 and -", "choose another name")
+                names.append((str(name), f"{role} on {host}"))
+    for name, times in Counter(name for name, _ in names).items():
+        if times > 1:
+            places = ", ".join(place for other, place in names if other == name)
+            yield Problem(
+                f"worker name {name}", f"{times} workers ({places})", "a name used once in the deployment",
+                "give each entry of prefill_workers and decode_workers its own name, or none",
+            )  # fmt: skip
+        if name in ("etcd", "nats", "frontend"):
+            yield Problem(f"worker name {name}", "the name of another service", "a name of its own", "rename the worker")
+
+
+def _gates(settings: Mapping[str, Any], hosts: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
+    pinned = settings.get("versions")
+    release = str(pinned.get("tensorrt_llm", "")) if isinstance(pinned, Mapping) else ""
+    if settings.get("kv_transfer_backend") == "nixl" and not versions.nixl_allowed(release):
+        yield Problem(
+            "kv_transfer_backend nixl", f"tensorrt-llm {release or 'of no version'}",
+            f"tensorrt-llm {versions.NIXL_NEEDS_TENSORRT_LLM} or later (PEP 440)",
+            "set versions.tensorrt_llm to such a release, or kv_transfer_backend: ucx",
+        )  # fmt: skip
+    for value, names in _by_value(hosts, "engine_settings"):
+        if not isinstance(value, Mapping) or not isinstance(settings.get("engine_defaults"), Mapping):
+            continue
+        effective = {**settings["engine_defaults"], **value}
+        chunk, block = effective.get("prefill_chunk"), effective.get("block_size")
+        if isinstance(chunk, int) and isinstance(block, int) and block > 0 and chunk % block:
+            yield Problem(
+                f"engine_settings.prefill_chunk{_on(names, hosts)}", str(chunk), f"a multiple of block_size ({block})",
+                f"set prefill_chunk to {max(block, chunk // block * block)}",
+            )  # fmt: skip
+
+
+def _ports(
+    groups: Mapping[str, Sequence[str]], hosts: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]
+) -> Iterator[Problem]:
+    taken: dict[tuple[str, int], str] = {}
+    for use in topology.port_uses(topology.build(groups, hosts, settings)):
+        host, port, service = use["host"], use["port"], use["service"]
+        if not 0 < port <= HIGHEST_PORT:
+            yield Problem(
+                f"port of {service} on {host}", f"{port} (pdstack_port_offset {settings['pdstack_port_offset']})",
+                f"1 to {HIGHEST_PORT}", "choose a smaller pdstack_port_offset, or another number in pdstack_ports",
+            )  # fmt: skip
+        elif other := taken.get((host, port)):
+            yield Problem(
+                f"port {port} on {host}", f"two services: {other} and {service}", "one service on a port",
+                "change one of them in pdstack_ports",
+            )  # fmt: skip
+        else:
+            taken[host, port] = service
