@@ -1,0 +1,101 @@
+"""Run the Molecule scenarios in the order in which a host is deployed: `python -m tests.molecule [SCENARIO ...]`.
+
+All scenarios share one host. Naming some runs only those; what they build on is converged first, untested, unless the
+host of an earlier `--keep` run is still there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.molecule import hostimage
+
+ROOT = Path(__file__).resolve().parents[2]
+STATE = ROOT / ".pdstack" / "molecule-host"
+HOST = "pdstack-molecule"
+# Each builds on those before it.
+ORDER = (
+    "container_engine",
+    "images",
+    "service",
+    "etcd",
+    "nats",
+    "model",
+    "transfer_agent",
+    "frontend",
+    "worker",
+    "verify",
+)
+
+
+def run(*command: str, environment: dict[str, str] | None = None) -> None:
+    """Run a command in the project's root; a failure ends the program with the command's status."""
+    sys.stdout.flush()
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **(environment or {})}, check=False)
+    if done.returncode != 0:
+        sys.exit(done.returncode)
+
+
+def base_image() -> str:
+    """Make sure that the controller has a container engine and the project's images; return the base image."""
+    run("ansible-playbook", "playbooks/images.yml")
+    found = subprocess.run(
+        ["docker", "images", "--format", "{{.Repository}}:{{.Tag}}", "pdstack/base"],
+        capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    if not found:
+        sys.exit(
+            "molecule: found no image pdstack/base; wanted the one that playbooks/images.yml builds; run it with -v"
+        )
+    return found[0]
+
+
+def scenarios(names: Sequence[str]) -> list[str]:
+    """Return Molecule's arguments that select `names`."""
+    return [word for name in names for word in ("--scenario-name", name)]
+
+
+def missing(names: Sequence[str]) -> list[str]:
+    """Return what `names` build on and do not contain, in order."""
+    last = max(ORDER.index(name) for name in names)
+    return [name for name in ORDER[:last] if name not in names]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's text."""
+    parser = argparse.ArgumentParser(prog="tests.molecule", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("scenario", nargs="*", help=f"of {', '.join(ORDER)}; default: all of them")
+    parser.add_argument("--keep", action="store_true", help="leave the host as it is at the end, for the next run")
+    options = parser.parse_args(argv)
+    if unknown := set(options.scenario) - set(ORDER):
+        parser.error(f"found no scenario {', '.join(sorted(unknown))}; wanted some of {', '.join(ORDER)}")
+    wanted = [name for name in ORDER if name in options.scenario] or list(ORDER)
+
+    environment = {
+        "MOLECULE_GLOB": "tests/molecule/*/molecule.yml",
+        "PDSTACK_MOLECULE_STATE": str(STATE),
+        "PDSTACK_MOLECULE_IMAGE": hostimage.build(base_image()),
+    }
+    started = time.monotonic()
+    first = missing(wanted)
+    try:
+        if not (STATE / "address").is_file():
+            run("molecule", "create", "--scenario-name", "default", environment=environment)
+            if first:
+                run("molecule", "converge", *scenarios(first), environment=environment)
+        run("molecule", "test", "--destroy", "never", *scenarios(wanted), environment=environment)
+    finally:
+        if not options.keep:
+            run("molecule", "destroy", "--scenario-name", "default", environment=environment)
+        print(f"molecule: {time.monotonic() - started:.0f} s for {', '.join(wanted)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
