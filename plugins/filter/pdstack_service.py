@@ -8,7 +8,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-from pdstack.deploy import service  # noqa: E402  # needs the path above
+from pdstack.deploy import service  # needs the path above
 
 
 class FilterModule:

@@ -3,6 +3,16 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
 DOCUMENTATION = r"""
 module: pdstack_tree
 short_description: Keeps a directory holding exactly the given files
@@ -59,16 +69,6 @@ changes:
   returned: always
 """
 
-import difflib
-import os
-import shutil
-import stat
-import tempfile
-from pathlib import Path
-from typing import Any
-
-from ansible.module_utils.basic import AnsibleModule
-
 
 class Tree:
     """The wanted state of the directory, compared with the real one; `apply` false only records the differences."""
@@ -118,10 +118,10 @@ class Tree:
                     with os.fdopen(descriptor, "wb") as handle:
                         handle.write(new)
                     os.chown(name, self.owner, self.group)
-                    os.chmod(name, mode)
-                    os.replace(name, path)
+                    Path(name).chmod(mode)
+                    Path(name).replace(path)
                 except BaseException:
-                    os.unlink(name)
+                    Path(name).unlink()
                     raise
         self.attributes(path, mode)
 
