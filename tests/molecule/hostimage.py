@@ -58,7 +58,7 @@ CMD ["/sbin/init"]
 
 
 def collect(into: Path) -> None:
-    """Copy the controller's package configuration below `into`, at the paths it has here; what is missing is left out."""
+    """Copy the controller's package configuration below `into`, at the paths it has here; missing parts are left out."""
     for name in HOST_CONFIGURATION:
         source, target = Path(name), into / name.lstrip("/")
         if not source.exists():
