@@ -5,7 +5,8 @@
                         settings apply), without what the services never load
     DIR/app/pdstack     the Python package, without the part that only a controller uses
 `python -m pdstack.deploy.imagecontext binaries --out DIR --deb PACKAGE[=VERSION] ... --file PATH ...` leaves
-    DIR/rootfs/PATH     the named files out of the distribution's packages (apt-get download, dpkg-deb -x)
+    DIR/rootfs/PATH     the named files out of the distribution's packages (apt-get download, dpkg-deb -x), and
+                        opt/pdstack/app/pdstack/probe.py for the health check
 
 Both replace what was there before and print one JSON line with the sizes.
 """
@@ -98,11 +99,18 @@ def install_wheels(requirements: Path, target: Path, python_version: str, machin
     run(command, "install the worker image's wheels", {"PIP_ROOT_USER_ACTION": "ignore", "PIP_USER": "0"})
 
 
-def run(command: Sequence[str], purpose: str, environment: dict[str, str] | None = None, cwd: Path | None = None) -> None:
+def run(
+    command: Sequence[str], purpose: str, environment: dict[str, str] | None = None, cwd: Path | None = None
+) -> None:
     """Run a command; raise ContextError with its last lines if it fails or does not exist."""
     try:
         done = subprocess.run(  # the command is built here, no shell
-            list(command), env={**os.environ, **(environment or {})}, cwd=cwd, capture_output=True, text=True, check=False
+            list(command),
+            env={**os.environ, **(environment or {})},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            check=False,
         )
     except FileNotFoundError:
         raise ContextError(f"cannot {purpose}: found no command {command[0]!r} on this machine; install it") from None
@@ -206,6 +214,11 @@ def prepare_binaries(out: Path, debs: Sequence[str], files: Sequence[str]) -> di
                 raise ContextError(f"wanted the file /{name} in {', '.join(debs)}, it is not there")
             (rootfs / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, rootfs / name)
+        # The health check of the worker image, so that all images are checked by one command.
+        probe = rootfs / "opt/pdstack/app" / PACKAGE_ROOT.name
+        probe.mkdir(parents=True)
+        for name in ("__init__.py", "probe.py"):
+            shutil.copy2(PACKAGE_ROOT / name, probe / name)
         return publish(out, [rootfs])
 
 
@@ -240,9 +253,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             sizes = prepare_binaries(options.out, options.deb, options.file)
     except ContextError as error:
-        print(f"pdstack.deploy.imagecontext: {error}", file=sys.stderr)
+        sys.stderr.write(f"pdstack.deploy.imagecontext: {error}\n")
         return 1
-    print(json.dumps({"out": str(options.out), "bytes": sizes}))
+    sys.stdout.write(json.dumps({"out": str(options.out), "bytes": sizes}) + "\n")
     return 0
 
 

@@ -1,0 +1,52 @@
+"""`python -m pdstack.worker --config FILE`: exit code 0 after a signal, 1 when the registration was lost, 2 for a bad file."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pdstack.worker.config import ConfigError, WorkerConfig, load
+from pdstack.worker.dynamo_link import set_environment
+
+EXIT_CONFIG = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, run the worker, return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="pdstack.worker", description="A Dynamo worker: prefill, decode or aggregated."
+    )
+    parser.add_argument("--config", type=Path, required=True, help="the JSON file that says all about this worker")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(
+        level=os.environ.get("PDSTACK_LOG", "INFO").upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        config = load(options.config)
+    except ConfigError as error:
+        sys.stderr.write(f"pdstack.worker: {error}\n")
+        return EXIT_CONFIG
+    set_environment(config.etcd_endpoints, config.nats_server)
+    return asyncio.run(_run(config))
+
+
+async def _run(config: WorkerConfig) -> int:
+    # Imported late: the engine's libraries read the environment too.
+    from pdstack.worker.app import Worker
+
+    return await Worker(config).run()
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Rust and UCX threads are still there; letting the interpreter and their destructors race ends in SIGSEGV now and then.
+    os._exit(code)

@@ -1,0 +1,243 @@
+"""The life of a worker process: load, connect, register, serve, drain, leave."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Coroutine
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from pdstack.engine import Engine, EngineConfig
+from pdstack.transfer import KVLayout, Role, TransferAgent, TransferConfig, TransferMetrics
+from pdstack.worker import coordination
+from pdstack.worker.config import WorkerConfig
+from pdstack.worker.dynamo_link import Link, RuntimeFailed
+from pdstack.worker.finished import FinishedRequests
+from pdstack.worker.handlers import AggregatedHandler, DecodeHandler, Handler, PrefillHandler
+from pdstack.worker.jobs import Jobs
+from pdstack.worker.kv_events import KvEvents
+from pdstack.worker.metrics import EngineCollector, WorkerMetrics
+from pdstack.worker.status import Answer, StatusServer, json_answer
+
+log = logging.getLogger(__name__)
+
+EXIT_STOPPED = 0
+EXIT_LOST = 1
+METRICS_PERIOD_S = 1.0
+# Dynamo revokes the lease in the background after shutdown(); a process that leaves earlier stays listed for 10 s.
+LINGER_S = 0.5
+
+
+class Worker:
+    """One worker. `run()` returns the exit code of the process."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.config = config
+        self.stage = "starting"
+        self.stop = asyncio.Event()
+        self.registry = CollectorRegistry()
+        self.finished = FinishedRequests()
+        self.jobs = Jobs(config.role, WorkerMetrics(self.registry), self.finished)
+        self.status = StatusServer(
+            {"health": self._health, "metrics": self._metrics, "transfer": self._transfer, "requests": self._request}
+        )
+        self.engine: Engine | None = None
+        self.agent: TransferAgent | None = None
+        self.link: Link | None = None
+
+    async def run(self) -> int:
+        """Run until a signal arrives (EXIT_STOPPED) or Dynamo lets go of the worker (EXIT_LOST)."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop.set)
+        await self.status.start(self.config.status.host, self.config.status.port)
+        try:
+            return await self._run()
+        finally:
+            await self._leave()
+
+    async def _run(self) -> int:
+        self._stage("loading the model")
+        self.engine = await self._load_engine()
+        self.agent = await self._create_agent(self.engine)
+        if not await self._unless_stopped(self._connect()):
+            return EXIT_STOPPED
+        assert self.link is not None
+        serving = asyncio.create_task(self.link.serve(self._handler()))
+        publishing = asyncio.create_task(self._publish_metrics())
+        try:
+            announced = asyncio.create_task(self._announce())
+            stopped = asyncio.create_task(self.stop.wait())
+            await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            asked = self.stop.is_set()
+            announced.cancel()
+            stopped.cancel()
+            self._stage("draining" if asked else "lost: Dynamo ended the registration")
+            if not asked:
+                log.error("Dynamo ended the registration without being asked: the lease was lost (is etcd well?)")
+            self.link.shutdown()
+            await self._drain()
+            serving.cancel()
+            with suppress(asyncio.CancelledError, RuntimeFailed):
+                await serving
+            return EXIT_STOPPED if asked else EXIT_LOST
+        finally:
+            publishing.cancel()
+
+    def _stage(self, text: str) -> None:
+        self.stage = text
+        log.info("%s", text)
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Do `work` unless a signal comes first; say whether it was done."""
+        doing = asyncio.create_task(work)
+        stopped = asyncio.create_task(self.stop.wait())
+        await asyncio.wait({doing, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not doing.done():
+            doing.cancel()
+            with suppress(asyncio.CancelledError):
+                await doing
+            return False
+        doing.result()
+        return True
+
+    async def _load_engine(self) -> Engine:
+        settings = asdict(self.config.engine)
+        settings.pop("default_max_tokens")
+        engine = await asyncio.to_thread(Engine.load, Path(self.config.model_path), EngineConfig(**settings))
+        engine.start()
+        self.registry.register(EngineCollector(lambda: asdict(engine.stats())))
+        return engine
+
+    async def _create_agent(self, engine: Engine) -> TransferAgent | None:
+        settings = self.config.transfer
+        if settings is None:
+            return None
+        return await TransferAgent.create(
+            Role(self.config.role),
+            name=self.config.name,
+            audience=self.config.audience,
+            layout=KVLayout(**engine.layout_fields),
+            pool=engine.pool.array,
+            config=TransferConfig.from_mapping(asdict(settings)),
+            metrics=TransferMetrics(self.registry),
+        )
+
+    async def _connect(self) -> None:
+        """Create the runtime and register the model; try for as long as it takes."""
+        pause = coordination.FIRST_PAUSE_S
+        while True:
+            await coordination.until(lambda: coordination.check_etcd(self.config.etcd_endpoints), self._waiting)
+            await coordination.until(lambda: coordination.check_nats(self.config.nats_server), self._waiting)
+            self._stage("registering")
+            link = Link(self.config)
+            try:
+                await link.open()
+                if self.config.role == "prefill" and self.config.engine.prefix_cache:
+                    self._publish_kv_events(link)
+                await link.register()
+            except RuntimeFailed as error:
+                self._waiting(str(error))
+                link.shutdown()
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, coordination.LONGEST_PAUSE_S)
+                continue
+            self.link = link
+            return
+
+    def _waiting(self, reason: str) -> None:
+        if self.stage != reason:
+            self._stage(reason)
+
+    def _publish_kv_events(self, link: Link) -> None:
+        assert self.engine is not None
+        self.engine.events = KvEvents(link.component, link.worker_id, self.config.engine.block_size)
+
+    def _handler(self) -> Handler:
+        assert self.engine is not None
+        limits = (self.config.engine.max_context, self.config.engine.default_max_tokens)
+        if self.agent is None:
+            return AggregatedHandler(self.engine, self.jobs, *limits)
+        kind = PrefillHandler if self.config.role == "prefill" else DecodeHandler
+        return kind(self.engine, self.agent, self.jobs, *limits)
+
+    async def _announce(self) -> None:
+        assert self.link is not None
+        await self.link.wait_registered()
+        self._stage("serving")
+
+    async def _publish_metrics(self) -> None:
+        assert self.engine is not None
+        assert self.link is not None
+        while True:
+            stats = self.engine.stats()
+            self.link.publish_metrics(stats.running, stats.waiting, stats.used_blocks, 0)
+            await asyncio.sleep(METRICS_PERIOD_S)
+
+    async def _drain(self) -> None:
+        """Let the streams in flight end, and what was exported be fetched, for at most drain_timeout_s."""
+        log.info("draining: %d requests in flight", self.jobs.in_flight)
+        try:
+            async with asyncio.timeout(self.config.drain_timeout_s):
+                await self.jobs.wait_idle()
+                if self.agent is not None and self.config.role == "prefill":
+                    await self.agent.wait_released()
+        except TimeoutError:
+            log.error(
+                "after %g s %d requests are still in flight: cut", self.config.drain_timeout_s, self.jobs.in_flight
+            )
+        await asyncio.sleep(LINGER_S)
+
+    async def _leave(self) -> None:
+        await self.status.close()
+        if self.agent is not None:
+            await self.agent.close()
+        if self.engine is not None:
+            self.engine.stop()
+
+    def problems(self) -> list[str]:
+        """Say why this worker cannot serve now; empty if it can."""
+        found = []
+        if self.stage != "serving":
+            found.append(self.stage)
+        if self.engine is not None and not self.engine.alive:
+            found.append("the engine's thread has ended")
+        if self.link is not None and self.stage == "serving" and not self.link.listed():
+            found.append("etcd does not list this instance")
+        if self.agent is not None and not self.agent.healthy:
+            found.append("the transfer agent is down")
+        return found
+
+    def _health(self, _: str) -> Answer:
+        problems = self.problems()
+        body = {
+            "status": "ready" if not problems else "not ready",
+            "problems": problems,
+            "name": self.config.name,
+            "role": self.config.role,
+            "model": self.config.model_name,
+            "in_flight": self.jobs.in_flight,
+        }
+        return json_answer(503 if problems else 200, body)
+
+    def _metrics(self, _: str) -> Answer:
+        return Answer(200, generate_latest(self.registry), CONTENT_TYPE_LATEST)
+
+    def _transfer(self, _: str) -> Answer:
+        if self.agent is None:
+            return json_answer(404, {"error": "this worker has no transfer agent (yet)"})
+        return json_answer(200, self.agent.stats())
+
+    def _request(self, request_id: str) -> Answer:
+        record = self.finished.get(request_id)
+        if record is None:
+            return json_answer(404, {"error": "no such request among the last finished ones"})
+        return json_answer(200, record)

@@ -1,0 +1,158 @@
+"""The worker's side of Dynamo: runtime, registration, publishers, shutdown.
+
+Only this module and kv_events import `dynamo`, and only after the environment that its runtime reads has been set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from pdstack.worker.config import WorkerConfig
+from pdstack.worker.handlers import Handler
+
+# NVIDIA's own component names. The frontend goes by the model type, people go by these.
+COMPONENTS = {"prefill": "prefill", "decode": "backend", "aggregated": "backend"}
+ENDPOINT = "generate"
+REGISTRATION_TIMEOUT_S = 15.0
+REGISTRATION_POLL_S = 0.02
+
+
+class RuntimeFailed(Exception):
+    """Dynamo's runtime could not be created or used; the text is what it said."""
+
+
+def set_environment(etcd_endpoints: Sequence[str], nats_server: str) -> None:
+    """Set what Dynamo's runtime reads from the environment; call before anything of `dynamo` is imported."""
+    os.environ["ETCD_ENDPOINTS"] = ",".join(etcd_endpoints)
+    os.environ["NATS_SERVER"] = nats_server
+    # With 1 the text of every error sent to HTTP clients carries 15 kB of stack.
+    os.environ.setdefault("RUST_BACKTRACE", "0")
+    os.environ.setdefault("DYN_SDK_DISABLE_ANSI_LOGGING", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+class Link:
+    """One registration of this process with Dynamo: from creating the runtime until its lease is given back."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+        self._runtime: Any = None
+        self._component: Any = None
+        self._endpoint: Any = None
+        self._client: Any = None
+        self._metrics_publisher: Any = None
+        self._last_metrics: tuple[int, int, int, int] | None = None
+
+    async def open(self) -> None:
+        """Connect to etcd and NATS and create the component. Raises RuntimeFailed."""
+        config = self._config
+        try:
+            from dynamo.llm import WorkerMetricsPublisher
+            from dynamo.runtime import DistributedRuntime
+
+            self._runtime = DistributedRuntime(asyncio.get_running_loop(), "etcd", False)
+            self._component = self._runtime.namespace(config.namespace).component(COMPONENTS[config.role])
+            await self._component.create_service()
+            self._endpoint = self._component.endpoint(ENDPOINT)
+            self._metrics_publisher = WorkerMetricsPublisher()
+            created = self._metrics_publisher.create_endpoint(self._component)
+            if inspect.isawaitable(created):
+                await created
+        except BaseException as error:
+            raise failure(error, "create the Dynamo runtime") from None
+
+    @property
+    def component(self) -> Any:
+        """Dynamo's component, for the KV event publisher."""
+        return self._component
+
+    @property
+    def worker_id(self) -> int:
+        """Dynamo's number of this instance (the id of its lease)."""
+        return int(self._endpoint.connection_id())
+
+    async def register(self) -> None:
+        """Publish the model card, so that frontends list the model. Raises RuntimeFailed."""
+        config = self._config
+        try:
+            from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, register_llm
+
+            details = ModelRuntimeConfig()
+            details.total_kv_blocks = config.engine.kv_blocks
+            details.max_num_seqs = config.engine.max_batch
+            details.max_num_batched_tokens = config.engine.max_context
+            prefill = config.role == "prefill"
+            await register_llm(
+                ModelInput.Tokens,
+                ModelType.Prefill if prefill else ModelType.Chat | ModelType.Completions,
+                self._endpoint,
+                config.model_path,
+                config.model_name,
+                context_length=config.engine.max_context,
+                kv_cache_block_size=config.engine.block_size,
+                # Dynamo refuses another value than 0 for prefill: the request moves with its decode worker.
+                migration_limit=0 if prefill else config.migration_limit,
+                runtime_config=details,
+            )
+        except BaseException as error:
+            raise failure(error, "register the model") from None
+
+    async def serve(self, handler: Handler) -> None:
+        """Serve requests until shutdown() is called or the lease is lost. Raises RuntimeFailed."""
+        try:
+            # Draining is done by counting requests ourselves: graceful_shutdown=True returns at once all the same.
+            await self._endpoint.serve_endpoint(handler.generate, graceful_shutdown=True)
+        except BaseException as error:
+            raise failure(error, "serve the endpoint") from None
+
+    async def wait_registered(self) -> None:
+        """Wait until discovery lists this instance. Raises RuntimeFailed after REGISTRATION_TIMEOUT_S."""
+        self._client = await self._endpoint.client()
+        try:
+            async with asyncio.timeout(REGISTRATION_TIMEOUT_S):
+                while not self.listed():
+                    await asyncio.sleep(REGISTRATION_POLL_S)
+        except TimeoutError:
+            raise RuntimeFailed(
+                f"instance {self.worker_id:x} is not listed in etcd after {REGISTRATION_TIMEOUT_S:g} s"
+            ) from None
+
+    def listed(self) -> bool:
+        """Say whether discovery lists this instance now."""
+        return self._client is not None and self.worker_id in self._client.instance_ids()
+
+    def publish_metrics(self, active: int, waiting: int, used_blocks: int, hit_permille: int) -> None:
+        """Tell the router how busy this worker is; what has not changed is not sent again."""
+        state = (active, waiting, used_blocks, hit_permille)
+        if state == self._last_metrics:
+            return
+        from dynamo.llm import ForwardPassMetrics, KvStats, WorkerStats
+
+        total = self._config.engine.kv_blocks
+        self._metrics_publisher.publish(
+            ForwardPassMetrics(
+                WorkerStats(active, self._config.engine.max_batch, waiting, 0),
+                KvStats(used_blocks, total, used_blocks / total, hit_permille / 1000),
+                None,
+            )
+        )
+        self._last_metrics = state
+
+    def shutdown(self) -> None:
+        """Deregister: the router sends nothing new from now on; requests being served go on."""
+        if self._runtime is not None:
+            self._runtime.shutdown()
+
+
+def failure(error: BaseException, purpose: str) -> BaseException:
+    """Turn an error of Dynamo into RuntimeFailed; let exits, interrupts and cancellations through as they are.
+
+    A panic of the Rust part arrives as pyo3_runtime.PanicException, which is a BaseException and not an Exception.
+    """
+    if isinstance(error, SystemExit | KeyboardInterrupt | asyncio.CancelledError | GeneratorExit):
+        return error
+    return RuntimeFailed(f"cannot {purpose}: {type(error).__name__}: {error}")
