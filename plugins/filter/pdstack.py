@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-from pdstack.deploy import topology, validate  # noqa: E402  # needs the path above
+from pdstack.deploy import modelid, obstacles, report, services, topology, validate  # needs the path above
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _members(groups: Mapping[str, Sequence[str]], hostvars: Any) -> dict[str, Any]:
@@ -31,6 +32,49 @@ def problems(groups: Mapping[str, Sequence[str]], hostvars: Any, settings: Mappi
     return validate.render(found) if found else ""
 
 
+def obstacles_text(survey: Any, deployment: Any, host: str, **known: Any) -> str:
+    return obstacles.render(obstacles.find(survey, deployment, host, **known), host)
+
+
+def controller_serves(groups: Mapping[str, Sequence[str]], hostvars: Any) -> bool:
+    return any(variables.get("ansible_connection") == "local" for variables in _members(groups, hostvars).values())
+
+
+def connections(hosts: Sequence[str], hostvars: Any) -> dict[str, dict[str, str]]:
+    """How testinfra reaches each host."""
+    return {
+        host: {
+            "address": topology.host_address(host, hostvars[host]),
+            "connection": str(hostvars[host].get("ansible_connection") or "ssh"),
+        }
+        for host in hosts
+    }
+
+
+def status(deployment: Any, hostvars: Any) -> list[str]:
+    hosts = dict.fromkeys(entry["host"] for entry in report.entries(deployment))
+    inspected = {host: (hostvars[host].get("pdstack_r_containers") or {}).get("stdout") for host in hosts}
+    return report.status(deployment, inspected)
+
+
 class FilterModule:
     def filters(self) -> dict[str, Any]:
-        return {"pdstack_project_path": project_path, "pdstack_topology": build, "pdstack_problems": problems}
+        return {
+            "pdstack_project_path": project_path,
+            "pdstack_topology": build,
+            "pdstack_problems": problems,
+            "pdstack_controller_serves": controller_serves,
+            "pdstack_obstacles": obstacles_text,
+            "pdstack_connections": connections,
+            "pdstack_containers": services.names,
+            "pdstack_removal_order": services.removal_order,
+            "pdstack_status": status,
+            "pdstack_model_id": modelid.model_id,
+            "pdstack_etcd_service": services.etcd,
+            "pdstack_nats_config": services.nats_config,
+            "pdstack_nats_service": services.nats,
+            "pdstack_frontend_service": services.frontend,
+            "pdstack_worker_config": services.worker_config,
+            "pdstack_worker_service": services.worker,
+            "pdstack_stale_services": services.stale,
+        }

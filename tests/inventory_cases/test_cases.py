@@ -1,4 +1,4 @@
-"""Runs the validate playbook over each inventory here; `case_expect` and `case_message` in it say what must come out."""
+"""Runs the validate playbook over each inventory here; its `case_expect` and `case_message` say what must come out."""
 
 from __future__ import annotations
 

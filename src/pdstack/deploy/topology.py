@@ -11,6 +11,8 @@ from typing import Any, TypedDict
 
 ROLES = ("prefill", "decode")
 LOOPBACK = "127.0.0.1"
+# Where a service finds its own configuration, in its container.
+CONFIG_MOUNT = "/etc/pdstack"
 
 
 class Etcd(TypedDict):
@@ -81,13 +83,14 @@ class PortUse(TypedDict):
     """One port that a service of the deployment listens on."""
 
     host: str
+    address: str
     port: int
     service: str
     container: str
 
 
 def host_address(host: str, variables: Mapping[str, Any]) -> str:
-    """Return where the other hosts reach `host`: `pdstack_address`, else loopback for a local connection, else its name."""
+    """Return where others reach `host`: `pdstack_address`, else loopback for a local connection, else its name."""
     if address := variables.get("pdstack_address"):
         return str(address)
     if variables.get("ansible_connection") == "local":
@@ -101,7 +104,7 @@ def bracketed(address: str) -> str:
 
 
 def worker_items(variables: Mapping[str, Any], role: str) -> list[Mapping[str, Any]]:
-    """Return the worker entries that a host's variables list for `role`; what is no mapping is left out (see validate)."""
+    """Return the worker entries that a host lists for `role`; what is no mapping is left out (see validate)."""
     items = variables.get(f"{role}_workers")
     if not isinstance(items, Sequence) or isinstance(items, str):
         return []
@@ -210,29 +213,23 @@ def port_uses(topology: Topology) -> list[PortUse]:
     """Return every port the deployment listens on, host by host as the services are listed."""
     uses: list[PortUse] = []
 
-    def add(host: str, port: int, service: str, container: str) -> None:
-        uses.append({"host": host, "port": port, "service": service, "container": container})
+    def add(entry: Etcd | Nats | Frontend | Worker, port: int, service: str) -> None:
+        uses.append(
+            {"host": entry["host"], "address": entry["address"], "port": port, "service": service,
+             "container": entry["container"]}
+        )  # fmt: skip
 
     for member in topology["etcd"]:
-        add(member["host"], member["client_port"], "etcd (client)", member["container"])
-        add(member["host"], member["peer_port"], "etcd (peer)", member["container"])
+        add(member, member["client_port"], "etcd (client)")
+        add(member, member["peer_port"], "etcd (peer)")
     for server in topology["nats"]:
-        add(server["host"], server["client_port"], "NATS (client)", server["container"])
-        add(server["host"], server["monitor_port"], "NATS (monitor)", server["container"])
+        add(server, server["client_port"], "NATS (client)")
+        add(server, server["monitor_port"], "NATS (monitor)")
     for frontend in topology["frontends"]:
-        add(frontend["host"], frontend["port"], "frontend", frontend["container"])
+        add(frontend, frontend["port"], "frontend")
     for worker in topology["workers"]:
-        add(worker["host"], worker["status_port"], f"worker {worker['name']} (status)", worker["container"])
+        add(worker, worker["status_port"], f"worker {worker['name']} (status)")
         # A decode worker calls the prefill workers and listens on nothing else.
         if worker["role"] == "prefill":
-            add(worker["host"], worker["transfer_port"], f"worker {worker['name']} (transfer)", worker["container"])
+            add(worker, worker["transfer_port"], f"worker {worker['name']} (transfer)")
     return uses
-
-
-def hosts_of(topology: Topology, *kinds: str) -> list[str]:
-    """Return the hosts that run any of `kinds` (etcd, nats, frontends, workers), each once, in inventory order."""
-    seen: dict[str, None] = {}
-    for kind in kinds:
-        for entry in topology[kind]:  # type: ignore[literal-required]  # kinds are checked by the callers' constants
-            seen.setdefault(entry["host"])
-    return list(seen)

@@ -88,7 +88,10 @@ def _scalars(settings: Mapping[str, Any]) -> Iterator[Problem]:
     if settings.get("model_source") in ("path", "hub") and not settings.get("model_ref"):
         wanted = "a directory on the controller" if settings["model_source"] == "path" else "a repository (owner/name)"
         yield Problem(
-            f"model_ref (model_source is {settings['model_source']})", "nothing", wanted, "set model_ref, or model_source: package"
+            f"model_ref (model_source is {settings['model_source']})",
+            "nothing",
+            wanted,
+            "set model_ref, or model_source: package",
         )
 
 
@@ -132,7 +135,9 @@ def _dicts(settings: Mapping[str, Any], hosts: Mapping[str, Mapping[str, Any]]) 
     yield from _mapping("versions", settings.get("versions"), VERSIONS)
     fabrics = settings.get("kv_fabrics")
     if not isinstance(fabrics, Mapping):
-        yield Problem("kv_fabrics", _show(fabrics), "a mapping of profiles", "see inventories/common/group_vars/all/fabrics.yml")
+        yield Problem(
+            "kv_fabrics", _show(fabrics), "a mapping of profiles", "see inventories/common/group_vars/all/fabrics.yml"
+        )
         fabrics = {}
     for name, profile in fabrics.items():
         yield from _mapping(f"kv_fabrics.{name}", profile, FABRIC)
@@ -218,7 +223,9 @@ def _workers(groups: Mapping[str, Sequence[str]], hosts: Mapping[str, Mapping[st
                 "give each entry of prefill_workers and decode_workers its own name, or none",
             )  # fmt: skip
         if name in ("etcd", "nats", "frontend"):
-            yield Problem(f"worker name {name}", "the name of another service", "a name of its own", "rename the worker")
+            yield Problem(
+                f"worker name {name}", "the name of another service", "a name of its own", "rename the worker"
+            )
 
 
 def _gates(settings: Mapping[str, Any], hosts: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:

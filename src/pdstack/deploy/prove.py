@@ -1,0 +1,173 @@
+"""Proves that etcd and NATS do what Dynamo needs of them: a write that can be read back, on every member.
+
+    python3 prove.py etcd TIMEOUT_S http://10.0.0.1:2379 [http://10.0.0.2:2379 ...]
+    python3 prove.py jetstream TIMEOUT_S nats://10.0.0.1:4222
+
+Standard library only, and in one file: the playbooks feed it to the python3 of a host. Both proofs use names of their
+own (a random part) and remove them again. Exit 0 with one line of what was proved, or 1 with found, wanted and fix.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import secrets
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+CALL_TIMEOUT_S = 3.0
+PAUSE_S = 0.3
+# With these a server without JetStream says at once that nobody listens on its subjects.
+OPTIONS = {"verbose": False, "pedantic": False, "headers": True, "no_responders": True}
+
+
+class Unproved(Exception):
+    """The service answered wrongly or not at all; the text says how."""
+
+
+def etcd_call(endpoint: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """POST to etcd's JSON gateway and return the answer; Unproved when it is not JSON with status 200."""
+    request = urllib.request.Request(  # noqa: S310  # the URLs are http, out of the inventory
+        f"{endpoint}/v3/{path}", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+    )
+    # No proxy: the members are reached as the workers reach them.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=CALL_TIMEOUT_S) as answer:
+            result: dict[str, Any] = json.load(answer)
+            return result
+    except urllib.error.HTTPError as error:
+        text = error.read(300).decode(errors="replace").strip()
+        raise Unproved(f"{endpoint}: status {error.code}: {text}") from error
+    except (OSError, ValueError) as error:
+        raise Unproved(f"{endpoint}: {getattr(error, 'reason', None) or error}") from error
+
+
+def prove_etcd(endpoints: list[str]) -> str:
+    """Write a key through the first endpoint, read it through each, delete it; return what was proved."""
+    key = base64.b64encode(f"pdstack/probe/{secrets.token_hex(8)}".encode()).decode()
+    value = base64.b64encode(secrets.token_bytes(16)).decode()
+    etcd_call(endpoints[0], "kv/put", {"key": key, "value": value})
+    try:
+        for endpoint in endpoints:
+            found = etcd_call(endpoint, "kv/range", {"key": key}).get("kvs", [])
+            if [entry.get("value") for entry in found] != [value]:
+                raise Unproved(f"{endpoint}: the key that was just written reads as {found!r}")
+    finally:
+        with contextlib.suppress(Unproved):
+            etcd_call(endpoints[0], "kv/deleterange", {"key": key})
+    return f"etcd: a key written through {endpoints[0]} was read through {len(endpoints)} of {len(endpoints)} members"
+
+
+class NatsClient:
+    """As much of the NATS protocol as a request and its reply need."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._socket = socket.create_connection((parts.hostname or "", parts.port or 4222), CALL_TIMEOUT_S)
+        self._stream = self._socket.makefile("rb")
+        if not self._stream.readline().startswith(b"INFO "):
+            raise Unproved(f"{url}: does not greet as NATS does")
+        self._inbox = f"_INBOX.{secrets.token_hex(8)}"
+        self._send(f"CONNECT {json.dumps(OPTIONS)}\r\nSUB {self._inbox} 1\r\n".encode())
+
+    def _send(self, data: bytes) -> None:
+        self._socket.sendall(data)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._stream.close()
+        self._socket.close()
+
+    def request(self, subject: str, payload: bytes = b"") -> dict[str, Any]:
+        """Publish with a reply subject and return the reply, which JetStream gives as JSON."""
+        self._send(f"PUB {subject} {self._inbox} {len(payload)}\r\n".encode() + payload + b"\r\n")
+        while line := self._stream.readline():
+            words = line.split()
+            if words[:1] == [b"PING"]:
+                self._send(b"PONG\r\n")
+            elif words[:1] == [b"-ERR"]:
+                raise Unproved(line.decode(errors="replace").strip())
+            elif words[:1] in ([b"MSG"], [b"HMSG"]):
+                data = self._stream.read(int(words[-1]) + 2)[:-2]
+                if words[0] == b"HMSG":
+                    raise Unproved(f"{subject}: {data.decode(errors='replace').strip()} (is JetStream off?)")
+                reply: dict[str, Any] = json.loads(data)
+                if error := reply.get("error"):
+                    raise Unproved(f"{subject}: {error.get('description', error)}")
+                return reply
+        raise Unproved("the server closed the connection")
+
+
+def prove_jetstream(server: str) -> str:
+    """Make a stream, store a message, read it back, delete the stream; return what was proved."""
+    name = f"pdstack-probe-{secrets.token_hex(6)}"
+    subject = f"pdstack.probe.{secrets.token_hex(6)}"
+    payload = secrets.token_hex(16).encode()
+    try:
+        client = NatsClient(server)
+    except OSError as error:
+        raise Unproved(f"{server}: {error}") from error
+    try:
+        stream = {"name": name, "subjects": [subject], "storage": "file", "max_bytes": 65536, "num_replicas": 1}
+        client.request(f"$JS.API.STREAM.CREATE.{name}", json.dumps(stream).encode())
+        try:
+            stored = client.request(subject, payload)
+            sequence = json.dumps({"seq": stored["seq"]}).encode()
+            read = client.request(f"$JS.API.STREAM.MSG.GET.{name}", sequence)["message"]["data"]
+            if base64.b64decode(read) != payload:
+                raise Unproved(f"{server}: the message that was just stored reads as {read!r}")
+        finally:
+            with contextlib.suppress(Unproved):
+                client.request(f"$JS.API.STREAM.DELETE.{name}")
+    except (OSError, KeyError, ValueError) as error:
+        raise Unproved(f"{server}: {error or type(error).__name__}") from error
+    finally:
+        client.close()
+    return f"NATS: JetStream of {server} stored a message on disk and gave it back"
+
+
+def until(proof: Callable[[], str], timeout_s: float) -> str:
+    """Repeat a proof until it succeeds; its last failure is raised when the time is up."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return proof()
+        except Unproved:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(PAUSE_S)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the proof that the command line names."""
+    what, timeout_s, *urls = arguments
+    proofs: dict[str, Callable[[], str]] = {
+        "etcd": lambda: prove_etcd(urls),
+        "jetstream": lambda: prove_jetstream(urls[0]),
+    }
+    wanted = {
+        "etcd": ("a key written and read back through every member", "etcd"),
+        "jetstream": ("a message stored by JetStream and read back", "nats"),
+    }[what]
+    try:
+        sys.stdout.write(until(proofs[what], float(timeout_s)) + "\n")
+    except Unproved as error:
+        sys.stderr.write(
+            f"{what} could not be proved within {timeout_s} s, so no worker is started.\n"
+            f"   found:  {error}\n   wanted: {wanted[0]}\n"
+            f"   fix:    read the log of its container (docker logs pdstack-NAME-{wanted[1]}), then deploy again\n"
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
