@@ -1,0 +1,151 @@
+"""What both roles share: :class:`TransferAgent`, which is created as one of them and refuses the other's work."""
+
+from __future__ import annotations
+
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pdstack.transfer.channel import Identity
+from pdstack.transfer.config import TransferConfig
+from pdstack.transfer.errors import RoleError
+from pdstack.transfer.exports import OnRelease
+from pdstack.transfer.layout import KVLayout, check_pool
+from pdstack.transfer.metrics import TransferMetrics
+from pdstack.transfer.roles import Role
+from pdstack.transfer.ticket import Ticket
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """What one fetch did. Times are seconds: `seconds` is all of it, of which `read_seconds` bytes were moving."""
+
+    bytes: int
+    blocks: int
+    descriptors: int
+    seconds: float
+    read_seconds: float
+    checksum_seconds: float
+    backend: str
+    transport: str
+    transport_detail: str
+    peer: str
+
+    @property
+    def gbps(self) -> float:
+        """10^9 bytes per second while reading."""
+        return self.bytes / self.read_seconds / 1e9 if self.read_seconds else 0.0
+
+
+class TransferAgent(ABC):
+    """Moves KV of one worker. Created by :meth:`create` for one role; all methods run in one event loop."""
+
+    role: Role
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        audience: str,
+        layout: KVLayout,
+        pool: npt.NDArray[np.generic],
+        config: TransferConfig,
+        metrics: TransferMetrics,
+    ) -> None:
+        self.name = name
+        self.layout = layout
+        self.config = config
+        self.metrics = metrics
+        self.incarnation = uuid.uuid4().hex
+        self._pool = pool
+        self._view = check_pool(layout, pool)
+        self._fingerprint = layout.fingerprint()
+        self._identity = Identity(name, self.incarnation, self.role, audience, config.cluster_key)
+        metrics.agent.info(
+            {"name": name, "role": self.role.value, "backend": config.backend, "layout": self._fingerprint[:16]}
+        )
+
+    @staticmethod
+    async def create(
+        role: Role,
+        *,
+        name: str,
+        audience: str,
+        layout: KVLayout,
+        pool: npt.NDArray[np.generic],
+        config: TransferConfig,
+        metrics: TransferMetrics | None = None,
+    ) -> TransferAgent:
+        """An agent for `role`, ready to work: the pool is registered, and a prefill agent listens.
+
+        `pool` has ``layout.shape`` and must live until :meth:`close`; make it with :func:`allocate_pool`.
+        `audience` is who may use the tickets, ``namespace/model``; both sides must have the same.
+        Raises :class:`BackendUnavailable`, :class:`LayoutMismatch`, OSError if the address cannot be listened at.
+        """
+        from pdstack.transfer.decode import DecodeAgent
+        from pdstack.transfer.prefill import PrefillAgent
+
+        kind: type[PrefillAgent] | type[DecodeAgent] = PrefillAgent if Role(role) is Role.PREFILL else DecodeAgent
+        agent = kind(
+            name=name,
+            audience=audience,
+            layout=layout,
+            pool=pool,
+            config=config,
+            metrics=metrics or TransferMetrics(),
+        )
+        await agent.start()
+        return agent
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Register the pool and begin to work. Called by :meth:`create`."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Stop, and let go of the pool: afterwards no transfer reads or writes it."""
+
+    @abstractmethod
+    def stats(self) -> dict[str, Any]:
+        """The state of the agent as a JSON-able dict."""
+
+    def export(
+        self, request_id: str, blocks: Sequence[int], tokens: int, first_token: int, on_release: OnRelease
+    ) -> Ticket:
+        """Prefill only: offer `blocks`, in the order of their tokens, to whoever gets the ticket.
+
+        `on_release(request_id, reason)` is called exactly once, in the event loop, when the blocks may be reused. Until
+        then they must not change. Raises ValueError for blocks outside the pool, :class:`TransferError` (code
+        ``duplicate``) if this request id is exported now.
+        """
+        raise self._wrong_role("export")
+
+    async def withdraw(self, request_id: str) -> bool:
+        """Prefill only: take an offer back. False if there is none, or if it is being read: then the end of the read
+        releases it."""
+        raise self._wrong_role("withdraw an export")
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Prefill only: wait until nothing is exported; False if that took longer than `timeout_s`."""
+        raise self._wrong_role("drain exports")
+
+    async def fetch(self, ticket: Ticket, local_blocks: Sequence[int]) -> TransferReport:
+        """Decode only: read the ticket's blocks into `local_blocks` and verify them.
+
+        Returns only if every byte is what prefill exported. Raises a :class:`TransferError`; its `settled()` says when
+        the local blocks may be reused. If the calling task is cancelled, the cancellation is delivered once they may.
+        """
+        raise self._wrong_role("fetch")
+
+    async def discard(self, ticket: Ticket) -> None:
+        """Decode only: tell prefill that nothing will be read. Never raises for an unreachable peer: a deadline exists."""
+        raise self._wrong_role("discard a ticket")
+
+    def _wrong_role(self, work: str) -> RoleError:
+        other = Role.DECODE if self.role is Role.PREFILL else Role.PREFILL
+        return RoleError(f"agent {self.name!r} is a {self.role} agent and cannot {work}; that is {other}'s work")

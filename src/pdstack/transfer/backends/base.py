@@ -1,0 +1,109 @@
+"""The small interface that a transfer backend fills, and the one place that knows their names.
+
+A backend is two classes, one per role, so that even here an exporter has nothing to read with and an importer nothing
+to give away. All methods block; the agent calls everything that belongs to one peer from that peer's own thread.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from threading import Event
+from typing import NamedTuple
+
+from pdstack.transfer.errors import BackendUnavailable
+from pdstack.transfer.layout import PoolView, Run
+
+BACKENDS = ("ucx", "nixl")
+
+
+class Transport(NamedTuple):
+    """What carries the reads of one peer, as UCX itself reports it."""
+
+    name: str  # e.g. "cma", "tcp", "rc_mlx5"; several are joined by "+"
+    detail: str  # e.g. "zero-copy cma/memory"
+
+
+class Exporter(ABC):
+    """Prefill's side: the pool is registered and can be read by whoever has :meth:`metadata`."""
+
+    @abstractmethod
+    def metadata(self) -> bytes:
+        """What a peer needs to read the pool. It is the capability itself: give it to authenticated peers only."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Unregister the pool. No peer can read it afterwards."""
+
+
+class Peer(ABC):
+    """Decode's connection to one exporter. One thread at a time, except :meth:`abort`."""
+
+    def __init__(self) -> None:
+        self._aborted = Event()
+
+    def abort(self) -> None:
+        """Make a read in progress end soon with an error. Thread-safe; the peer cannot be used afterwards."""
+        self._aborted.set()
+
+    @abstractmethod
+    def read(self, runs: Sequence[Run]) -> None:
+        """READ the runs from the peer's pool into ours.
+
+        The law every backend keeps: when this returns or raises, our blocks are not written any more, whatever the peer
+        or the network does later. After an error the peer is closed. Raises :class:`ReadFailed`.
+        """
+
+    @abstractmethod
+    def transport(self, nbytes: int) -> Transport:
+        """What carries a descriptor of `nbytes`; ("unknown", why) if UCX did not say."""
+
+    @abstractmethod
+    def tend(self) -> None:
+        """Let the connection do its housekeeping; called every heartbeat while it is idle."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Drop the connection and everything in flight on it."""
+
+
+class Importer(ABC):
+    """Decode's side: our pool can be written by our own reads, and by nobody else."""
+
+    @abstractmethod
+    def connect(self, metadata: bytes) -> Peer:
+        """Connect to the exporter that gave `metadata`. Raises :class:`ReadFailed`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Unregister the pool. All peers must be closed before."""
+
+
+def open_exporter(backend: str, name: str, pool: PoolView) -> Exporter:
+    """Prefill's half of the backend. Raises :class:`BackendUnavailable`: there is no fall-back."""
+    if backend == "ucx":
+        from pdstack.transfer.backends import ucx
+
+        return ucx.UcxExporter(name, pool)
+    if backend == "nixl":
+        from pdstack.transfer.backends import nixl
+
+        return nixl.NixlExporter(name, pool)
+    raise _unknown(backend)
+
+
+def open_importer(backend: str, name: str, pool: PoolView) -> Importer:
+    """Decode's half of the backend. Raises :class:`BackendUnavailable`: there is no fall-back."""
+    if backend == "ucx":
+        from pdstack.transfer.backends import ucx
+
+        return ucx.UcxImporter(name, pool)
+    if backend == "nixl":
+        from pdstack.transfer.backends import nixl
+
+        return nixl.NixlImporter(name, pool)
+    raise _unknown(backend)
+
+
+def _unknown(backend: str) -> BackendUnavailable:
+    return BackendUnavailable(f"kv_transfer_backend is {backend!r}, wanted one of: {', '.join(BACKENDS)}")

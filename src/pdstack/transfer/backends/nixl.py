@@ -1,0 +1,173 @@
+"""Backend `nixl`: NIXL's READ through its UCX plugin (nixl-cu12 >= 1.4, no GPU and no torch needed).
+
+Exporter: one agent with NIXL's progress thread, which the Python wrapper makes spin (it sets ``pthrDelay`` to 0, one core
+per idle agent); 1000 us makes it sleep on its descriptors, and the wrapper has no parameter for it.
+
+Importer: one agent *per peer* and no progress thread: the reading thread drives it. Releasing a NIXL transfer does not
+cancel it (a late answer still writes into the target); destroying the agent does.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import logging
+import os
+import time
+import uuid
+from base64 import b64decode, b64encode
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from pdstack.transfer.backends.base import Exporter, Importer, Peer, Transport
+from pdstack.transfer.errors import BackendUnavailable, ReadFailed
+from pdstack.transfer.layout import PoolView, Run
+from pdstack.transfer.transport import UcxLog
+
+PROGRESS_DELAY_US = 1000
+_MEMORY = "DRAM"
+_api: Any = None
+
+
+def _load() -> Any:
+    """Import NIXL's Python API once, with the progress thread made to sleep."""
+    global _api
+    if _api is None:
+        if "UCX_MODULES" not in os.environ and not os.path.isdir("/dev/infiniband"):
+            # The wheel's InfiniBand and EFA modules crash the interpreter at exit where the system has its own libnl.
+            os.environ["UCX_MODULES"] = "^ib"
+        try:
+            module: Any = importlib.import_module("nixl_cu12._api")
+        except ImportError as error:
+            raise BackendUnavailable(
+                f"kv_transfer_backend 'nixl' needs the Python package nixl-cu12 (1.4 or newer): {error}"
+            ) from error
+        logging.getLogger("nixl_cu12._api").setLevel(logging.WARNING)
+        base: Any = module.nixlBind.nixlAgentConfig
+
+        class SleepingConfig(base):  # type: ignore[misc]  # base is a native class without stubs
+            def __setattr__(self, name: str, value: object) -> None:
+                super().__setattr__(name, PROGRESS_DELAY_US if name == "pthrDelay" else value)
+
+        module.nixlBind.nixlAgentConfig = SleepingConfig
+        _api = module
+    return _api
+
+
+def _agent(name: str, progress_thread: bool) -> Any:
+    api = _load()
+    try:
+        agent = api.nixl_agent(name, api.nixl_agent_config(enable_prog_thread=progress_thread, backends=[]))
+        agent.create_backend("UCX", {})
+    except Exception as error:  # NIXL's errors share no base class but Exception
+        raise BackendUnavailable(f"NIXL cannot create an agent with its UCX plugin: {error}") from error
+    return agent
+
+
+class NixlExporter(Exporter):
+    """Registers the pool with an agent whose metadata lets peers read it."""
+
+    def __init__(self, name: str, pool: PoolView) -> None:
+        self._log = UcxLog.of("nixl")
+        self._agent = _agent(f"{name}-{uuid.uuid4().hex[:12]}", progress_thread=True)
+        self._registered = self._agent.register_memory([(pool.address, pool.nbytes, 0, "kv")], _MEMORY)
+        metadata = b64encode(self._agent.get_agent_metadata()).decode()
+        self._metadata = json.dumps({"nixl": metadata, "base": pool.address}).encode()
+
+    def metadata(self) -> bytes:
+        return self._metadata
+
+    def close(self) -> None:
+        self._agent.deregister_memory(self._registered)
+        self._agent = None
+        gc.collect()
+        self._log.forward()
+
+
+class NixlImporter(Importer):
+    """Reads from exporters into the pool."""
+
+    def __init__(self, name: str, pool: PoolView) -> None:
+        self._pool = pool
+        self._name = f"{name}-{uuid.uuid4().hex[:12]}"
+        self._numbers = count(1)
+        self._log = UcxLog.of("nixl")
+        # Making an agent takes 0.4 s: the first peer gets this one, and a wrong environment fails at start.
+        self._spare: Any = _agent(self._next_name(), progress_thread=False)
+
+    def _next_name(self) -> str:
+        return f"{self._name}-{next(self._numbers)}"
+
+    def connect(self, metadata: bytes) -> Peer:
+        agent, self._spare = self._spare, None
+        if agent is None:
+            agent = _agent(self._next_name(), progress_thread=False)
+        return NixlPeer(agent, self._pool, metadata, self._log)
+
+    def close(self) -> None:
+        self._spare = None
+        gc.collect()
+        self._log.forward()
+
+
+class NixlPeer(Peer):
+    """One exporter as seen by an agent made for it alone."""
+
+    def __init__(self, agent: Any, pool: PoolView, metadata: bytes, log: UcxLog) -> None:
+        super().__init__()
+        self._agent, self._pool, self._log = agent, pool, log
+        self._name = str(agent.name)
+        try:
+            values = json.loads(metadata)
+            self._base = int(values["base"])
+            self._registered = agent.register_memory([(pool.address, pool.nbytes, 0, "kv")], _MEMORY)
+            self._remote = agent.add_remote_agent(b64decode(values["nixl"]))
+        except Exception as error:  # NIXL's errors share no base class but Exception
+            self.close()
+            raise ReadFailed(f"NIXL cannot connect to the peer: {error}") from error
+
+    def _descriptors(self, rows: list[tuple[int, int]]) -> Any:
+        table = np.array([(address, size, 0) for address, size in rows], dtype=np.uint64)
+        return self._agent.get_xfer_descs(table, _MEMORY)
+
+    def read(self, runs: Sequence[Run]) -> None:
+        if self._agent is None:
+            raise ReadFailed("the NIXL connection to this peer is closed")
+        size = self._pool.block_bytes
+        handle: Any = None
+        try:
+            local = self._descriptors([(self._pool.address + run.local * size, run.blocks * size) for run in runs])
+            remote = self._descriptors([(self._base + run.remote * size, run.blocks * size) for run in runs])
+            handle = self._agent.initialize_xfer("READ", local, remote, self._remote)
+            state = self._agent.transfer(handle)
+            while state == "PROC":
+                if self._aborted.is_set():
+                    raise ReadFailed("the read was aborted")
+                time.sleep(0)  # progress is made by asking, so ask again as soon as others have had their turn
+                state = self._agent.check_xfer_state(handle)
+            if state != "DONE":
+                raise ReadFailed(f"NIXL ended the read in state {state}")
+            self._agent.release_xfer_handle(handle)
+        except Exception as error:  # NIXL's errors share no base class but Exception
+            del handle
+            self.close()
+            if isinstance(error, ReadFailed):
+                raise
+            raise ReadFailed(f"NIXL could not read: {error} ({type(error).__name__})") from error
+
+    def transport(self, nbytes: int) -> Transport:
+        return self._log.transport(self._name, nbytes)
+
+    def tend(self) -> None:
+        if self._agent is not None:
+            self._agent.get_new_notifs()
+        self._log.forward()
+
+    def close(self) -> None:
+        self._agent = None
+        gc.collect()
+        self._log.forward()

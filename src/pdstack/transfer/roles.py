@@ -1,0 +1,24 @@
+"""What an agent is, for its whole life: prefill or decode."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    """Prefill owns KV and lets it be read; decode reads it. There is no agent that does both."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class ReleaseReason(StrEnum):
+    """Why exported blocks may be reused. In every case no read of them is running any more that anyone would believe."""
+
+    READ = "read"  # decode has read them, checked them, and said so
+    FAILED = "failed"  # decode said that its read failed
+    DISCARDED = "discarded"  # decode does not need them
+    WITHDRAWN = "withdrawn"  # prefill took the offer back before it was taken up
+    EXPIRED = "expired"  # nobody asked before the deadline
+    PEER_LOST = "peer_lost"  # the reader's control connection is gone: whatever it still reads it will not use
+    CLOSED = "closed"  # the agent was closed

@@ -1,0 +1,163 @@
+"""Tickets: the permission to fetch one request's KV once. They travel in `disaggregated_params["kv_transfer_params"]`.
+
+A ticket says which blocks, of which layout, with which checksum, until when and for whom, and carries a MAC by the
+cluster key. It is not a capability to memory: that (the backend's metadata) is given only over an authenticated
+control connection, and prefill checks the ticket again before it grants a read.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from pdstack.transfer.errors import TicketError
+from pdstack.transfer.keys import ClusterKey
+
+VERSION = 1
+MAX_BLOCKS = 1 << 16
+MAX_TEXT = 512
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """One export. Times are seconds since the epoch by prefill's clock and informative: prefill judges by its own timer."""
+
+    request_id: str
+    worker: str
+    incarnation: str
+    host: str
+    port: int
+    backend: str
+    blocks: tuple[int, ...]
+    tokens: int
+    first_token: int
+    layout: str
+    checksum: str
+    audience: str
+    issued_at: float
+    expires_at: float
+    nonce: str
+    mac: str = ""
+    version: int = VERSION
+
+    def to_wire(self) -> dict[str, Any]:
+        """A JSON-able dict; :meth:`from_wire` reads it back."""
+        wire: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        wire["blocks"] = list(self.blocks)
+        return wire
+
+    @classmethod
+    def from_wire(cls, wire: object) -> Ticket:
+        """Read a ticket that came over the network. Raises :class:`TicketError` (code ``malformed`` or ``version``).
+
+        The MAC is not checked here; :func:`verify` does that.
+        """
+        if not isinstance(wire, Mapping):
+            raise _malformed(f"it is {type(wire).__name__}, wanted an object")
+        known = {field.name: str(field.type) for field in fields(cls)}
+        if wire.get("version") != VERSION:
+            raise TicketError(
+                f"ticket version {_show(wire.get('version'))}, wanted {VERSION}: run one pdstack version on all workers",
+                code="version",
+            )
+        if unknown := sorted(str(key) for key in wire.keys() - known.keys()):
+            raise _malformed(f"unknown fields {_show(unknown)}")
+        if missing := sorted(known.keys() - wire.keys()):
+            raise _malformed(f"fields missing: {', '.join(missing)}")
+        values: dict[str, Any] = {}
+        for name, kind in known.items():
+            values[name] = _CHECKS[kind](name, wire[name])
+        return cls(**values)
+
+    def signed(self, key: ClusterKey) -> Ticket:
+        """The same ticket with its MAC."""
+        return replace(self, mac=_mac(self, key))
+
+
+def new_nonce() -> str:
+    """128 random bits as hex: no two tickets are equal, even for one request."""
+    return secrets.token_hex(16)
+
+
+def verify(ticket: Ticket, key: ClusterKey, *, audience: str, layout: str) -> None:
+    """Check what a decode agent can check alone: MAC, audience, layout. Raises :class:`TicketError`."""
+    if not hmac.compare_digest(ticket.mac.encode(), _mac(ticket, key).encode()):
+        raise TicketError(
+            f"ticket of request {_show(ticket.request_id)} is not signed with this cluster's key: it is forged, altered, "
+            "or the workers have different keys",
+            code="forged",
+        )
+    if ticket.audience != audience:
+        raise TicketError(
+            f"ticket of request {_show(ticket.request_id)} is for {_show(ticket.audience)}, this worker is {audience!r}",
+            code="audience",
+        )
+    if ticket.layout != layout:
+        raise TicketError(
+            f"ticket of request {_show(ticket.request_id)} has KV layout {_show(ticket.layout[:16])}, this worker has "
+            f"{layout[:16]!r}: model, dtype or block size differ between prefill and decode",
+            code="layout",
+        )
+
+
+def issue(
+    key: ClusterKey,
+    *,
+    ttl_s: float,
+    **values: Any,
+) -> Ticket:
+    """A signed ticket that is valid for `ttl_s` seconds from now; `values` are the fields of :class:`Ticket`."""
+    now = time.time()
+    return Ticket(issued_at=now, expires_at=now + ttl_s, nonce=new_nonce(), **values).signed(key)
+
+
+def _mac(ticket: Ticket, key: ClusterKey) -> str:
+    wire = ticket.to_wire()
+    del wire["mac"]
+    text = json.dumps(wire, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hmac.digest(key.derive("ticket"), text.encode(), "sha256").hex()
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _malformed(why: str) -> TicketError:
+    return TicketError(f"this is not a KV ticket: {why}", code="malformed")
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise _malformed(f"{name} is {_show(value)}, wanted text of at most {MAX_TEXT} characters")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _malformed(f"{name} is not valid Unicode text") from None
+    return value
+
+
+def _whole(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
+        raise _malformed(f"{name} is {_show(value)}, wanted a whole number from 0 to 2**53")
+    return value
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
+        raise _malformed(f"{name} is {_show(value)}, wanted seconds since the epoch")
+    return float(value)
+
+
+def _numbers(name: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple) or not 0 < len(value) <= MAX_BLOCKS:
+        raise _malformed(f"{name} is {_show(value)}, wanted 1 to {MAX_BLOCKS} block numbers")
+    return tuple(_whole(name, item) for item in value)
+
+
+_CHECKS: dict[str, Any] = {"str": _text, "int": _whole, "float": _number, "tuple[int, ...]": _numbers}

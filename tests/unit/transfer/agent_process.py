@@ -1,0 +1,160 @@
+"""One end of a pair of real processes, driven over a pipe. Started by `pair.py`, never imported by the tests' process.
+
+The tests' own process loads no UCX: a backend reads its environment once, and each case needs another one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import sys
+from multiprocessing.connection import Client, Connection
+from typing import Any
+
+import numpy as np
+
+from pdstack.transfer import (
+    ClusterKey,
+    KVLayout,
+    Role,
+    Ticket,
+    TransferAgent,
+    TransferConfig,
+    TransferError,
+    allocate_pool,
+)
+
+
+class End:
+    """Runs the commands of the test: each is a method, its result goes back."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self.layout = KVLayout(**options["layout"])
+        self.pool: Any = allocate_pool(self.layout)
+        self.released: list[tuple[str, str]] = []
+        self.errors: dict[str, TransferError] = {}
+        self.fetches: dict[str, asyncio.Task[dict[str, Any]]] = {}
+
+    async def start(self) -> int:
+        config = TransferConfig(cluster_key=ClusterKey(self.options["key"].encode()), **self.options["config"])
+        self.agent = await TransferAgent.create(
+            Role(self.options["role"]),
+            name=self.options["name"],
+            audience=self.options["audience"],
+            layout=self.layout,
+            pool=self.pool,
+            config=config,
+        )
+        return int(getattr(self.agent, "port", 0))
+
+    async def fill(self, seed: int) -> None:
+        flat = self.pool.view(np.uint8).reshape(-1)
+        flat[:] = np.random.default_rng(seed).integers(0, 256, flat.size, dtype=np.uint8)
+
+    async def block(self, number: int) -> bytes:
+        return bytes(self.pool[number].tobytes())
+
+    async def poke(self, number: int, value: float) -> None:
+        self.pool[number].reshape(-1)[-1] = value
+
+    async def export(self, request: str, blocks: list[int], tokens: int = 1) -> dict[str, Any]:
+        ticket = self.agent.export(request, blocks, tokens, 7, lambda r, why: self.released.append((r, str(why))))
+        return ticket.to_wire()
+
+    async def releases(self) -> list[tuple[str, str]]:
+        return self.released
+
+    async def withdraw(self, request: str) -> bool:
+        return await self.agent.withdraw(request)
+
+    async def drain(self, timeout_s: float) -> bool:
+        return await self.agent.drain(timeout_s)
+
+    async def fetch(self, wire: dict[str, Any], local: list[int]) -> dict[str, Any]:
+        ticket = Ticket.from_wire(wire)
+        try:
+            report = await self.agent.fetch(ticket, local)
+        except TransferError as error:
+            self.errors[ticket.request_id] = error
+            return {"error": type(error).__name__, "code": error.code, "text": str(error),
+                    "quarantined": error.quarantine is not None}  # fmt: skip
+        return {**vars(report), "gbps": report.gbps}
+
+    async def begin_fetch(self, wire: dict[str, Any], local: list[int]) -> None:
+        self.fetches[wire["request_id"]] = asyncio.create_task(self.fetch(wire, local))
+
+    async def end_fetch(self, request: str) -> dict[str, Any]:
+        return await self.fetches.pop(request)
+
+    async def cancel_fetch(self, request: str) -> bool:
+        task = self.fetches.pop(request)
+        task.cancel()
+        await asyncio.wait([task])
+        return task.cancelled()
+
+    async def settled(self, request: str) -> None:
+        await self.errors[request].settled()
+
+    async def discard(self, wire: dict[str, Any]) -> None:
+        await self.agent.discard(Ticket.from_wire(wire))
+
+    async def wrong_role(self) -> list[str]:
+        """What the agent says to everything the other role does."""
+        ticket: Any = None
+        answers = []
+        for call in (
+            lambda: self.agent.export("r", [0], 1, 0, lambda _r, _why: None),
+            lambda: self.agent.withdraw("r"),
+            lambda: self.agent.fetch(ticket, [0]),
+            lambda: self.agent.discard(ticket),
+        ):
+            try:
+                result: Any = call()
+                if asyncio.iscoroutine(result):
+                    await result
+                answers.append("done")
+            except TransferError as error:
+                answers.append(type(error).__name__)
+            except AttributeError:
+                answers.append("own work")
+        return answers
+
+    async def stats(self) -> dict[str, Any]:
+        return self.agent.stats()
+
+    async def cpu(self) -> float:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return used.ru_utime + used.ru_stime
+
+    async def close(self) -> None:
+        await self.agent.close()
+
+
+async def serve(pipe: Connection) -> None:
+    end = End(pipe.recv())
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(pipe.fileno(), ready.set)
+    while True:
+        await ready.wait()
+        ready.clear()
+        while pipe.poll():
+            try:
+                name, arguments = pipe.recv()
+            except EOFError:
+                return
+            try:
+                pipe.send(("ok", await getattr(end, name)(*arguments)))
+            except Exception as error:
+                pipe.send(("raised", f"{type(error).__name__}: {error}"))
+            if name == "close":
+                return
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format=f"{sys.argv[2]} %(name)s %(levelname)s %(message)s")
+    with Client(sys.argv[1], authkey=os.environ["PAIR_AUTH"].encode()) as connection:
+        asyncio.run(serve(connection))
