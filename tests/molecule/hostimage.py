@@ -58,7 +58,7 @@ CMD ["/sbin/init"]
 
 
 def collect(into: Path) -> None:
-    """Copy the controller's package configuration below `into`, at the paths it has here; missing parts are left out."""
+    """Copy the controller's package configuration below `into`, at the paths it has here, as far as it exists."""
     for name in HOST_CONFIGURATION:
         source, target = Path(name), into / name.lstrip("/")
         if not source.exists():

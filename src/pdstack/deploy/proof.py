@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 LONGEST = 1500
 QUICK_LONGEST = 400
 MAX_TOKENS = 8
+LABEL = re.compile(r'(\w+)="([^"]*)"')
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -121,15 +123,20 @@ def transfer_speed(transfers: Iterable[Mapping[str, Any]]) -> float | None:
     return float(statistics.median(e["bytes"] / e["seconds"] / 1e9 for e in known if 2 * e["bytes"] >= largest))
 
 
-def metric(text: str, name: str, **labels: str) -> float:
-    """Return the sum of a metric's samples in Prometheus text whose labels include `labels`; 0 when there is none."""
-    total = 0.0
+def samples(text: str, name: str) -> list[tuple[dict[str, str], float]]:
+    """Return the samples of a metric in Prometheus text: (labels, value)."""
+    found = []
     for line in text.splitlines():
         head, _, value = line.rpartition(" ")
         sample, _, rest = head.partition("{")
-        if sample == name and all(f'{key}="{wanted}"' in rest for key, wanted in labels.items()):
-            total += float(value)
-    return total
+        if sample == name:
+            found.append((dict(LABEL.findall(rest)), float(value)))
+    return found
+
+
+def metric(text: str, name: str, **labels: str) -> float:
+    """Return the sum of a metric's samples whose labels include `labels`; 0 when there is none."""
+    return sum(value for found, value in samples(text, name) if labels.items() <= found.items())
 
 
 def testinfra_spec(host: str, connection: Mapping[str, Any]) -> str:
