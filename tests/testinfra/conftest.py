@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import testinfra
 from testinfra.host import Host
 
+import testinfra
 from pdstack.deploy import proof
 
 USAGE = "set PDSTACK_DEPLOYMENT to the deployment.json of a deployment, or run `nox -s verify`"
