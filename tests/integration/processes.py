@@ -113,13 +113,19 @@ class Program:
         self.wait()
 
 
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a child: ours, without settings of the programs under test."""
+    ours = {k: v for k, v in os.environ.items() if not k.startswith(("DYN_", "UCX_", "ETCD_", "NATS_", "NIXL_"))}
+    return {**ours, "PYTHONPATH": str(SOURCE), "RUST_BACKTRACE": "0", "PYTHONUNBUFFERED": "1", **more}
+
+
 def start(name: str, command: list[str], folder: Path, env: dict[str, str] | None = None) -> Program:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{name}.log"
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("DYN_", "UCX_", "ETCD_", "NATS_", "NIXL_"))}
-    environment = {**clean, "PYTHONPATH": str(SOURCE), "RUST_BACKTRACE": "0", "PYTHONUNBUFFERED": "1", **(env or {})}
     with log.open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment(**(env or {})), cwd=folder
+        )
     return Program(name, process, log)
 
 
@@ -193,7 +199,7 @@ class Worker:
         return self.health()[0] == 200
 
     def transfer(self) -> dict[str, Any]:
-        return get(self.status_url + "/transfer")[1]
+        return dict(get(self.status_url + "/transfer")[1])
 
     def metrics(self) -> dict[str, float]:
         text = get(self.status_url + "/metrics")[1]
@@ -226,6 +232,10 @@ class Stack:
 
     def env(self) -> dict[str, str]:
         return {"ETCD_ENDPOINTS": self.coordination.etcd_url, "NATS_SERVER": self.coordination.nats_url}
+
+    def program_env(self) -> dict[str, str]:
+        """The whole environment of a program that is to find etcd and NATS."""
+        return environment(**self.env())
 
     def start_frontend(self, *options: str) -> Program:
         port = self.ports.take()
@@ -291,7 +301,7 @@ class Stack:
         connection.request("POST", path, payload, {"Content-Type": "application/json"})
         return connection.getresponse()
 
-    def complete(self, prompt: str, path: str = "/v1/completions", **options: Any) -> Completion:
+    def complete(self, prompt: str | list[int], path: str = "/v1/completions", **options: Any) -> Completion:
         """One request, answered in one piece."""
         body = {"prompt": prompt, "temperature": 0, **options}
         if path.endswith("/chat/completions"):
@@ -300,7 +310,7 @@ class Stack:
         text = response.read().decode()
         return Completion(response.status, text)
 
-    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+    def stream(self, prompt: str | list[int], **options: Any) -> Iterator[str]:
         """One streamed completion: yields the lines that are not empty, as they come."""
         response = self.post("/v1/completions", {"prompt": prompt, "temperature": 0, "stream": True, **options})
         assert response.status == 200, response.read()
@@ -328,7 +338,7 @@ class Completion:
 
     @property
     def body(self) -> dict[str, Any]:
-        return json.loads(self.text)
+        return dict(json.loads(self.text))
 
     @property
     def request_id(self) -> str:

@@ -1,4 +1,7 @@
-"""`python -m pdstack.worker --config FILE`: exit code 0 after a signal, 1 when the registration was lost, 2 for a bad file."""
+"""`python -m pdstack.worker --config FILE`.
+
+Exit code 0 after a signal, 1 when Dynamo ended the registration, 2 for a configuration that cannot be used.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,7 @@ EXIT_CONFIG = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, run the worker, return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="pdstack.worker", description="A Dynamo worker: prefill, decode or aggregated."
-    )
+    parser = argparse.ArgumentParser(prog="pdstack.worker", description="A Dynamo worker.")
     parser.add_argument("--config", type=Path, required=True, help="the JSON file that says all about this worker")
     options = parser.parse_args(arguments)
     logging.basicConfig(
@@ -48,5 +49,5 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Rust and UCX threads are still there; letting the interpreter and their destructors race ends in SIGSEGV now and then.
+    # Threads of Rust and UCX are still there; their destructors race with the interpreter, and the loser gets SIGSEGV.
     os._exit(code)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import time
 from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from pdstack.engine import Engine, EngineConfig
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 EXIT_STOPPED = 0
 EXIT_LOST = 1
 METRICS_PERIOD_S = 1.0
+# Of creating the runtime and registering, with etcd and NATS known to answer. A fresh process may do better.
+MOST_ATTEMPTS = 5
 # Dynamo revokes the lease in the background after shutdown(); a process that leaves earlier stays listed for 10 s.
 LINGER_S = 0.5
 
@@ -51,45 +54,57 @@ class Worker:
         self.engine: Engine | None = None
         self.agent: TransferAgent | None = None
         self.link: Link | None = None
+        self.kv_events: KvEvents | None = None
+        self.registrations_lost = Counter(
+            "pdstack_registrations_lost", "Times that Dynamo ended the registration by itself", registry=self.registry
+        )
 
     async def run(self) -> int:
-        """Run until a signal arrives (EXIT_STOPPED) or Dynamo lets go of the worker (EXIT_LOST)."""
+        """Run until a signal arrives (EXIT_STOPPED) or Dynamo cannot be used any more (EXIT_LOST)."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop.set)
         await self.status.start(self.config.status.host, self.config.status.port)
         try:
-            return await self._run()
+            self._stage("loading the model")
+            self.engine = await self._load_engine()
+            self.agent = await self._create_agent(self.engine)
+            while await self._unless_stopped(self._connect()):
+                await self._serve()
+                if self.stop.is_set():
+                    break
+                # The lease was lost: etcd was away for some seconds. Model, cache, transfers and the streams in flight
+                # are as good as before, so a new registration is all that is needed.
+                self.registrations_lost.inc()
+                log.error("Dynamo ended the registration without being asked: the lease was lost (is etcd well?)")
+            return EXIT_STOPPED
+        except RuntimeFailed as error:
+            log.error("giving up after %d attempts: %s", MOST_ATTEMPTS, error)
+            return EXIT_LOST
         finally:
             await self._leave()
 
-    async def _run(self) -> int:
-        self._stage("loading the model")
-        self.engine = await self._load_engine()
-        self.agent = await self._create_agent(self.engine)
-        if not await self._unless_stopped(self._connect()):
-            return EXIT_STOPPED
-        assert self.link is not None
-        serving = asyncio.create_task(self.link.serve(self._handler()))
-        publishing = asyncio.create_task(self._publish_metrics())
+    async def _serve(self) -> None:
+        """Serve until a signal arrives or the registration ends; in the first case, drain."""
+        link = self.link
+        assert link is not None
+        serving = asyncio.create_task(link.serve(self._handler()))
+        helpers = [asyncio.create_task(self._publish_metrics(link)), asyncio.create_task(self._announce(link))]
+        stopped = asyncio.create_task(self.stop.wait())
         try:
-            announced = asyncio.create_task(self._announce())
-            stopped = asyncio.create_task(self.stop.wait())
             await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            asked = self.stop.is_set()
-            announced.cancel()
-            stopped.cancel()
-            self._stage("draining" if asked else "lost: Dynamo ended the registration")
-            if not asked:
-                log.error("Dynamo ended the registration without being asked: the lease was lost (is etcd well?)")
-            self.link.shutdown()
+        finally:
+            self.link = None
+            for task in (*helpers, stopped):
+                task.cancel()
+            link.shutdown()
+        if self.stop.is_set():
+            self._stage("draining")
             await self._drain()
             serving.cancel()
-            with suppress(asyncio.CancelledError, RuntimeFailed):
-                await serving
-            return EXIT_STOPPED if asked else EXIT_LOST
-        finally:
-            publishing.cancel()
+        else:
+            self._stage("the registration was lost")
+        await asyncio.gather(serving, *helpers, return_exceptions=True)
 
     def _stage(self, text: str) -> None:
         self.stage = text
@@ -114,6 +129,9 @@ class Worker:
         settings.pop("default_max_tokens")
         engine = await asyncio.to_thread(Engine.load, Path(self.config.model_path), EngineConfig(**settings))
         engine.start()
+        if self.config.role == "prefill" and self.config.engine.prefix_cache:
+            self.kv_events = KvEvents(self.config.engine.block_size)
+            engine.events = self.kv_events
         self.registry.register(EngineCollector(lambda: asdict(engine.stats())))
         return engine
 
@@ -132,34 +150,30 @@ class Worker:
         )
 
     async def _connect(self) -> None:
-        """Create the runtime and register the model; try for as long as it takes."""
-        pause = coordination.FIRST_PAUSE_S
-        while True:
+        """Wait for etcd and NATS, create the runtime, register the model. Raises RuntimeFailed after MOST_ATTEMPTS."""
+        for attempt in range(1, MOST_ATTEMPTS + 1):
             await coordination.until(lambda: coordination.check_etcd(self.config.etcd_endpoints), self._waiting)
             await coordination.until(lambda: coordination.check_nats(self.config.nats_server), self._waiting)
             self._stage("registering")
             link = Link(self.config)
             try:
                 await link.open()
-                if self.config.role == "prefill" and self.config.engine.prefix_cache:
-                    self._publish_kv_events(link)
+                if self.kv_events is not None:
+                    self.kv_events.attach(link.component, link.worker_id)
                 await link.register()
             except RuntimeFailed as error:
-                self._waiting(str(error))
                 link.shutdown()
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, coordination.LONGEST_PAUSE_S)
-                continue
-            self.link = link
-            return
+                if attempt == MOST_ATTEMPTS:
+                    raise
+                self._waiting(str(error))
+                await asyncio.sleep(coordination.LONGEST_PAUSE_S)
+            else:
+                self.link = link
+                return
 
     def _waiting(self, reason: str) -> None:
         if self.stage != reason:
             self._stage(reason)
-
-    def _publish_kv_events(self, link: Link) -> None:
-        assert self.engine is not None
-        self.engine.events = KvEvents(link.component, link.worker_id, self.config.engine.block_size)
 
     def _handler(self) -> Handler:
         assert self.engine is not None
@@ -169,31 +183,35 @@ class Worker:
         kind = PrefillHandler if self.config.role == "prefill" else DecodeHandler
         return kind(self.engine, self.agent, self.jobs, *limits)
 
-    async def _announce(self) -> None:
-        assert self.link is not None
-        await self.link.wait_registered()
-        self._stage("serving")
+    async def _announce(self, link: Link) -> None:
+        try:
+            await link.wait_registered()
+        except RuntimeFailed as error:
+            self._stage(str(error))
+            link.shutdown()  # ends serve(), and with it this registration
+        else:
+            self._stage("serving")
 
-    async def _publish_metrics(self) -> None:
+    async def _publish_metrics(self, link: Link) -> None:
         assert self.engine is not None
-        assert self.link is not None
         while True:
             stats = self.engine.stats()
-            self.link.publish_metrics(stats.running, stats.waiting, stats.used_blocks, 0)
+            link.publish_metrics(stats.running, stats.waiting, stats.used_blocks, 0)
             await asyncio.sleep(METRICS_PERIOD_S)
 
     async def _drain(self) -> None:
         """Let the streams in flight end, and what was exported be fetched, for at most drain_timeout_s."""
         log.info("draining: %d requests in flight", self.jobs.in_flight)
+        limit = self.config.drain_timeout_s
+        deadline = time.monotonic() + limit
         try:
-            async with asyncio.timeout(self.config.drain_timeout_s):
+            async with asyncio.timeout(limit):
                 await self.jobs.wait_idle()
-                if self.agent is not None and self.config.role == "prefill":
-                    await self.agent.wait_released()
         except TimeoutError:
-            log.error(
-                "after %g s %d requests are still in flight: cut", self.config.drain_timeout_s, self.jobs.in_flight
-            )
+            log.error("after %g s %d requests are still in flight: cut", limit, self.jobs.in_flight)
+        if self.agent is not None and self.config.role == "prefill":
+            if not await self.agent.drain(max(0.0, deadline - time.monotonic())):
+                log.error("after %g s decode workers have not fetched all that was exported: cut", limit)
         await asyncio.sleep(LINGER_S)
 
     async def _leave(self) -> None:
@@ -212,8 +230,6 @@ class Worker:
             found.append("the engine's thread has ended")
         if self.link is not None and self.stage == "serving" and not self.link.listed():
             found.append("etcd does not list this instance")
-        if self.agent is not None and not self.agent.healthy:
-            found.append("the transfer agent is down")
         return found
 
     def _health(self, _: str) -> Answer:

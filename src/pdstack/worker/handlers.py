@@ -6,12 +6,13 @@ An exception before the first item becomes HTTP 500 with its text; after the fir
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from pdstack.engine import ContextTooLong, Engine, Overloaded, Request
-from pdstack.transfer import Ticket, TicketError, TransferAgent
+from pdstack.transfer import Ticket, TicketError, TransferAgent, TransferError
 from pdstack.worker.jobs import Cancelled, Job, Jobs
 from pdstack.worker.requests import BadRequest, engine_request
 
@@ -33,14 +34,14 @@ class Handler(ABC):
         """Serve one request: Dynamo's dict in, Dynamo's items out."""
 
         async def work(job: Job) -> None:
-            wanted = engine_request(job.key, job.request_id, request, self.max_context, self.default_max_tokens)
-            await self.work(job, wanted, request)
+            wanted = engine_request(job.key, job.request_id, job.request, self.max_context, self.default_max_tokens)
+            await self.work(job, wanted)
 
         return self.jobs.serve(request, context, work, self.cancel, REFUSALS)
 
     @abstractmethod
-    async def work(self, job: Job, wanted: Request, request: Mapping[str, Any]) -> None:
-        """Serve `wanted`, which was made of `request`; tokens go to the client by `job.give`."""
+    async def work(self, job: Job, wanted: Request) -> None:
+        """Serve `wanted`, which was made of `job.request`; tokens go to the client by `job.give`."""
 
     def cancel(self, job: Job) -> None:
         """Free what the engine holds for a request whose client went away."""
@@ -56,7 +57,7 @@ class PrefillHandler(Handler):
         super().__init__(engine, jobs, max_context, default_max_tokens)
         self.agent = agent
 
-    async def work(self, job: Job, wanted: Request, request: Mapping[str, Any]) -> None:
+    async def work(self, job: Job, wanted: Request) -> None:
         """Give one item: the first token and, in `disaggregated_params`, the ticket."""
         result = await self.engine.prefill(wanted)
         if job.cancelled:
@@ -82,10 +83,11 @@ class DecodeHandler(Handler):
     ) -> None:
         super().__init__(engine, jobs, max_context, default_max_tokens)
         self.agent = agent
+        self._settling: set[asyncio.Task[None]] = set()
 
-    async def work(self, job: Job, wanted: Request, request: Mapping[str, Any]) -> None:
+    async def work(self, job: Job, wanted: Request) -> None:
         """Give the first token, which prefill chose, then one item a step."""
-        ticket = ticket_of(request, job, wanted)
+        ticket = ticket_of(job, wanted)
         await self._fetch(ticket, wanted, job)
         async for step in self.engine.decode(wanted, ticket.first_token):
             job.check()
@@ -103,6 +105,10 @@ class DecodeHandler(Handler):
         try:
             report = await self.agent.fetch(ticket, blocks)
             job.check()
+        except TransferError as error:
+            # The client is told now; the blocks wait until nothing can write into them any more.
+            self._unreserve_later(job.key, error)
+            raise
         except BaseException:
             self.engine.unreserve(job.key)
             raise
@@ -113,11 +119,20 @@ class DecodeHandler(Handler):
             "transport": report.transport,
         }
 
+    def _unreserve_later(self, key: str, error: TransferError) -> None:
+        async def unreserve() -> None:
+            await error.settled()
+            self.engine.unreserve(key)
+
+        task = asyncio.create_task(unreserve())
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+
 
 class AggregatedHandler(Handler):
     """Prefill and decode in one engine: what disaggregation is compared with."""
 
-    async def work(self, job: Job, wanted: Request, request: Mapping[str, Any]) -> None:
+    async def work(self, job: Job, wanted: Request) -> None:
         """Give one item a step."""
         async for step in self.engine.generate(wanted):
             job.check()
@@ -125,13 +140,13 @@ class AggregatedHandler(Handler):
         job.check()
 
 
-def ticket_of(request: Mapping[str, Any], job: Job, wanted: Request) -> Ticket:
+def ticket_of(job: Job, wanted: Request) -> Ticket:
     """Take the ticket out of a request and check that it belongs to this request.
 
     Raises BadRequest if there is none (the frontend must run with --enforce-disagg, and a decode worker computes no
     prompts), TicketError if it is for another request or prompt.
     """
-    wire = (request.get(PARAMETERS) or {}).get(KV_PARAMETERS)
+    wire = (job.request.get(PARAMETERS) or {}).get(KV_PARAMETERS)
     if not wire:
         raise BadRequest(
             "this is a decode worker and the request carries no ticket from a prefill worker; "

@@ -34,9 +34,10 @@ class Job:
     this attempt and never repeats in this process, so that two attempts of one request cannot meet in the engine.
     """
 
-    def __init__(self, request_id: str, key: str) -> None:
+    def __init__(self, request_id: str, key: str, request: Mapping[str, Any]) -> None:
         self.request_id = request_id
         self.key = key
+        self.request = request
         self.started = time.monotonic()
         self.cancelled = False
         self.tokens: list[int] = []
@@ -97,11 +98,11 @@ class Jobs:
         `on_cancel` is called once, in the event loop, when the client goes away before the work is done; it must make
         the work end soon. `refusals` are the errors that are the client's to mend, they are logged without a traceback.
         """
-        job = Job(context.id(), f"{context.id()}#{next(self._numbers)}")
+        job = Job(context.id(), f"{context.id()}#{next(self._numbers)}", request)
         self._in_flight[job.key] = job
         self._idle.clear()
         self._metrics.in_flight.inc()
-        self._tasks[job.key] = asyncio.create_task(self._run(job, request, context, work, on_cancel, refusals))
+        self._tasks[job.key] = asyncio.create_task(self._run(job, context, work, on_cancel, refusals))
         while (item := await job.items.get()) is not None:
             yield item
         if job.problem is not None:
@@ -110,7 +111,6 @@ class Jobs:
     async def _run(
         self,
         job: Job,
-        request: Mapping[str, Any],
         context: Any,
         work: Work,
         on_cancel: Callable[[Job], None],
@@ -132,7 +132,7 @@ class Jobs:
                 log.exception("request %s failed", job.request_id)
         finally:
             watch.cancel()
-            self._finish(job, request, "cancelled" if job.cancelled else outcome)
+            self._finish(job, "cancelled" if job.cancelled else outcome)
             job.items.put_nowait(None)
 
     async def _watch(self, job: Job, context: Any, on_cancel: Callable[[Job], None]) -> None:
@@ -142,13 +142,13 @@ class Jobs:
             log.info("request %s: the client went away", job.request_id)
             on_cancel(job)
 
-    def _finish(self, job: Job, request: Mapping[str, Any], outcome: str) -> None:
+    def _finish(self, job: Job, outcome: str) -> None:
         del self._in_flight[job.key], self._tasks[job.key]
         if not self._in_flight:
             self._idle.set()
         self._metrics.in_flight.dec()
         self._metrics.requests.labels(outcome).inc()
-        self._metrics.prompt_tokens.inc(len(request.get("token_ids") or ()))
+        self._metrics.prompt_tokens.inc(len(job.request.get("token_ids") or ()))
         self._metrics.cached_tokens.inc(job.details.get("cached_tokens", 0))
         self._metrics.generated_tokens.inc(len(job.tokens))
         if job.token_times:
@@ -160,7 +160,7 @@ class Jobs:
             "role": self._role,
             "outcome": outcome,
             "error": None if job.problem is None else f"{type(job.problem).__name__}: {job.problem}",
-            "prompt_tokens": len(request.get("token_ids") or ()),
+            "prompt_tokens": len(job.request.get("token_ids") or ()),
             "token_ids": job.tokens,
             "finish_reason": job.finish_reason,
             "seconds": round(time.monotonic() - job.started, 6),

@@ -19,7 +19,7 @@ class WorkerMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(
             "pdstack_requests",
-            "Finished requests by outcome: ok, cancelled, refused, error",
+            "Finished requests: ok, cancelled, refused, error",
             ["outcome"],
             registry=registry,
         )

@@ -1,7 +1,8 @@
 """Turn what Dynamo's frontend sends (a dict, already tokenised) into an engine request.
 
-Facts about the dict were observed with ai-dynamo 0.7.0: any section may be missing or null, the frontend enforces neither
-the context limit nor the options that an engine supports, and `ignore_eos` does not clear the hidden stop tokens.
+Facts about the dict were observed with ai-dynamo 0.7.0: any section may be missing or null, and the frontend enforces
+neither the context limit nor the options that an engine supports. With `ignore_eos` it clears the stop tokens and sets
+`min_tokens` to `max_tokens`.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def engine_request(
         raise BadRequest("the prompt holds no tokens")
     if len(token_ids) >= max_context:
         raise BadRequest(
-            f"context limit: the prompt has {len(token_ids)} tokens, this model serves {max_context} including at least "
-            "one token of answer; shorten the prompt"
+            f"context limit: the prompt has {len(token_ids)} tokens, this worker serves {max_context} including "
+            "at least one token of answer; shorten the prompt"
         )
     refuse_unsupported(data)
     return Request(
