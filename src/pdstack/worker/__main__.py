@@ -1,6 +1,6 @@
 """`python -m pdstack.worker --config FILE`.
 
-Exit code 0 after a signal, 1 when Dynamo ended the registration, 2 for a configuration that cannot be used.
+Exit code 0 after a signal, 1 when it cannot run or cannot use Dynamo any more, 2 for a bad configuration.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from pdstack.worker.config import ConfigError, WorkerConfig, load
 from pdstack.worker.dynamo_link import set_environment
 
+EXIT_FAILED = 1
 EXIT_CONFIG = 2
 
 
@@ -35,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"pdstack.worker: {error}\n")
         return EXIT_CONFIG
     set_environment(config.etcd_endpoints, config.nats_server)
-    return asyncio.run(_run(config))
+    try:
+        return asyncio.run(_run(config))
+    except Exception:
+        logging.getLogger(__name__).exception("worker %s cannot run", config.name)
+        return EXIT_FAILED
 
 
 async def _run(config: WorkerConfig) -> int:

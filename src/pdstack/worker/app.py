@@ -209,9 +209,9 @@ class Worker:
                 await self.jobs.wait_idle()
         except TimeoutError:
             log.error("after %g s %d requests are still in flight: cut", limit, self.jobs.in_flight)
-        if self.agent is not None and self.config.role == "prefill":
-            if not await self.agent.drain(max(0.0, deadline - time.monotonic())):
-                log.error("after %g s decode workers have not fetched all that was exported: cut", limit)
+        exporter = self.agent if self.config.role == "prefill" else None
+        if exporter is not None and not await exporter.drain(max(0.0, deadline - time.monotonic())):
+            log.error("after %g s decode workers have not fetched all that was exported: cut", limit)
         await asyncio.sleep(LINGER_S)
 
     async def _leave(self) -> None:

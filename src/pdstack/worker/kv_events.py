@@ -32,7 +32,7 @@ class KvEvents:
         """Publish for a new registration from now on, and first of all what is held already.
 
         The publisher's arguments are given by name: 0.7.0 took (component, kv_block_size, dp_rank), 0.7.0.post1 takes
-        (component, worker_id, kv_block_size, dp_rank), and by position the wrong one is accepted and publishes nonsense.
+        (component, worker_id, kv_block_size, dp_rank); by position the wrong one is accepted and publishes nonsense.
         """
         from dynamo.llm import KvEventPublisher
 

@@ -19,7 +19,7 @@ async def saying(text: bytes) -> AsyncIterator[str]:
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    yield "127.0.0.1:{}".format(server.sockets[0].getsockname()[1])
+    yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     server.close()
 
 
@@ -31,7 +31,7 @@ def test_etcd() -> None:
     async def scenario() -> None:
         async with saying(ETCD_GOOD) as good, saying(ETCD_BAD) as bad:
             await check_etcd([f"http://{bad}", f"http://{good}"])
-            with pytest.raises(NotUsable, match="not healthy.*NO LEADER"):
+            with pytest.raises(NotUsable, match=r"not healthy.*NO LEADER"):
                 await check_etcd([f"http://{bad}"])
         with pytest.raises(NotUsable, match=r"http://127.0.0.1:\d+: .*is etcd_endpoints right"):
             await check_etcd([f"http://{good}"])

@@ -52,7 +52,7 @@ async def listening() -> AsyncIterator[str]:
     status = server()
     await status.start("127.0.0.1", 0)
     assert status._server is not None
-    yield "127.0.0.1:{}".format(status._server.sockets[0].getsockname()[1])
+    yield f"127.0.0.1:{status._server.sockets[0].getsockname()[1]}"
     await status.close()
 
 
