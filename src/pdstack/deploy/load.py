@@ -91,7 +91,7 @@ class Load:
         The row is counted in the order in which the answers were sent and restarts at each one that was not good.
         """
         row: list[Outcome] = []
-        for outcome in sorted(list(self.outcomes), key=lambda entry: entry.sent):
+        for outcome in sorted(self.outcomes, key=lambda entry: entry.sent):
             if outcome.sent < since:
                 continue
             row = [*row, outcome] if outcome.kind == "ok" else []

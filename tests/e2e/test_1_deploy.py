@@ -1,0 +1,61 @@
+"""Deploy, deploy again, rehearse, verify over both backends. The files of this folder run in order, on one deployment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+WORKERS = {"prefill-0", "decode-0", "decode-1"}
+SERVICES = {"etcd", "nats", "frontend"} | WORKERS
+
+
+def test_a_rehearsal_before_anything_exists_changes_nothing(stack: Any) -> None:
+    run = stack.deploy("--check", "--diff")
+    assert stack.inspect() == {}
+    assert not stack.state_dir.exists()
+    stack.report["rehearsal_s"] = round(run.seconds)
+
+
+def test_deploy_brings_up_every_service(stack: Any) -> None:
+    run = stack.deploy()
+    stack.report["deploy_s"] = round(run.seconds)
+    assert set(stack.inspect()) == SERVICES
+    assert "curl -N" in run.output, "found no summary at the end of the run"
+
+
+def test_a_second_deploy_changes_and_restarts_nothing(stack: Any) -> None:
+    before = stack.started()
+    run = stack.deploy()
+    stack.report["second_deploy_s"] = round(run.seconds)
+    assert run.changed == 0
+    assert stack.started() == before
+
+
+def test_a_rehearsal_on_a_deployed_host_changes_nothing(stack: Any) -> None:
+    before = stack.started()
+    assert stack.deploy("--check", "--diff").changed == 0
+    assert stack.started() == before
+
+
+def test_status_names_every_service(stack: Any) -> None:
+    run = stack.play("playbooks/status.yml")
+    assert run.status == 0
+    assert all(service in run.output for service in SERVICES)
+
+
+@pytest.mark.parametrize("backend", ["ucx", "nixl"])
+def test_verify_passes_over_either_backend(stack: Any, backend: str) -> None:
+    before = stack.started()
+    if stack.backend != backend:
+        stack.backend = backend
+        stack.deploy()
+        after = stack.started()
+        restarted = {service for service in SERVICES if after[service] != before[service]}
+        assert restarted == WORKERS, "a changed backend concerns the workers and nothing else"
+    results = stack.verify()
+    assert results["passed"]
+    assert results["kv"]["backend"] == backend
+    assert results["kv"]["bytes"] > 0
+    assert results["equality"]["prompts"] >= 20
+    stack.report[f"verify_{backend}"] = results["kv"]
