@@ -1,4 +1,4 @@
-"""Deploy, deploy again, rehearse, verify over both backends. The files of this folder run in order, on one deployment."""
+"""Deploy, deploy again, rehearse, verify over both backends. The files of this folder run in order, on one stack."""
 
 from __future__ import annotations
 
