@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,13 @@ class Field:
         if self.minimum is not None and self.maximum is not None:
             return f"{words} from {self.minimum:g} to {self.maximum:g}"
         return words if self.minimum is None else f"{words} of {self.minimum:g} or more"
+
+    def from_command_line(self, value: Any) -> Any:
+        """Return a number for a text that is one: `-e name=5` gives Ansible the text "5"."""
+        if isinstance(value, str) and self.kind in ("int", "number"):
+            with contextlib.suppress(ValueError):
+                return int(value) if self.kind == "int" else float(value)
+        return value
 
     def wrong(self, value: Any) -> str | None:
         """Return what is wanted when `value` does not fit, None when it does."""

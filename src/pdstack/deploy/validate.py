@@ -77,7 +77,7 @@ def _show(value: object) -> str:
 
 def _scalars(settings: Mapping[str, Any]) -> Iterator[Problem]:
     for key, field in SCALARS.items():
-        if (wrong := field.wrong(settings.get(key))) is not None:
+        if (wrong := field.wrong(field.from_command_line(settings.get(key)))) is not None:
             yield Problem(key, _show(settings.get(key)), wrong, f"set {key} in the inventory's group_vars/all.yml")
     name = settings.get("pdstack_name")
     if isinstance(name, str) and not NAME.fullmatch(name):
@@ -144,7 +144,7 @@ def _dicts(settings: Mapping[str, Any], hosts: Mapping[str, Mapping[str, Any]]) 
     for value, names in _by_value(hosts, "engine_settings"):
         yield from _mapping(f"engine_settings{_on(names, hosts)}", value, ENGINE_SETTINGS, required=False)
     for value, names in _by_value(hosts, "kv_fabric"):
-        if value not in fabrics:
+        if value not in list(fabrics):
             yield Problem(
                 f"kv_fabric{_on(names, hosts)}", _show(value), f"one of {', '.join(map(str, fabrics))}",
                 f"choose a profile of kv_fabrics, or add one{closest(str(value), list(fabrics))}",
