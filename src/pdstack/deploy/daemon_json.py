@@ -17,11 +17,13 @@ class DaemonJsonError(ValueError):
 
 
 class Merge(TypedDict):
-    """The document to write, and for each wanted value that was not taken, a sentence."""
+    """The text to write (empty: no file), a sentence for each wanted value that was not taken, and whether the
+    existing file holds anything that is not ours (then it deserves a backup).
+    """
 
     content: str
-    document: dict[str, Any]
     conflicts: list[str]
+    foreign: bool
 
 
 def load(text: str, path: str = "daemon.json") -> dict[str, Any]:
@@ -97,6 +99,6 @@ def update(
     document, conflicts = merge(existing, wanted, previous)
     return {
         "content": text if document == existing and text.strip() else render(document) if document else "",
-        "document": document,
         "conflicts": conflicts,
+        "foreign": bool(merge(existing, {}, previous)[0]),
     }
