@@ -42,18 +42,10 @@ def run(*command: str, environment: dict[str, str] | None = None) -> None:
         sys.exit(done.returncode)
 
 
-def base_image() -> str:
-    """Make sure that the controller has a container engine and the project's images; return the base image."""
-    run("ansible-playbook", "playbooks/images.yml")
-    found = subprocess.run(
-        ["docker", "images", "--format", "{{.Repository}}:{{.Tag}}", "pdstack/base"],
-        capture_output=True, text=True, check=True,
-    ).stdout.split()  # fmt: skip
-    if not found:
-        sys.exit(
-            "molecule: found no image pdstack/base; wanted the one that playbooks/images.yml builds; run it with -v"
-        )
-    return found[0]
+def prepare_controller() -> None:
+    """Make sure that the controller has a container engine, and the images that the test host is handed."""
+    inventories = ("-i", "inventories/common", "-i", "inventories/local")
+    run("ansible-playbook", *inventories, "playbooks/hosts.yml", "playbooks/images.yml")
 
 
 def scenarios(names: Sequence[str]) -> list[str]:
@@ -77,10 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"found no scenario {', '.join(sorted(unknown))}; wanted some of {', '.join(ORDER)}")
     wanted = [name for name in ORDER if name in options.scenario] or list(ORDER)
 
+    prepare_controller()
     environment = {
         "MOLECULE_GLOB": "tests/molecule/*/molecule.yml",
         "PDSTACK_MOLECULE_STATE": str(STATE),
-        "PDSTACK_MOLECULE_IMAGE": hostimage.build(base_image()),
+        "PDSTACK_MOLECULE_IMAGE": hostimage.build(),
     }
     started = time.monotonic()
     first = missing(wanted)
