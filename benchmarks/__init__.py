@@ -1,0 +1,1 @@
+"""Where the figures in the README come from; each program prints its limit beside what it measures."""
