@@ -22,7 +22,9 @@ def hand_over(host: str, images: Sequence[str]) -> list[str]:
     if wanted:
         # Together, so that what they share crosses once.
         saved = subprocess.Popen([*here, "save", *wanted], stdout=subprocess.PIPE)
-        loaded = subprocess.run([*there, "load", "--quiet"], stdin=saved.stdout, capture_output=True, text=True, check=False)
+        loaded = subprocess.run(
+            [*there, "load", "--quiet"], stdin=saved.stdout, capture_output=True, text=True, check=False
+        )
         if saved.wait() != 0 or loaded.returncode != 0:
             raise RuntimeError(f"copying {', '.join(wanted)} into {host} failed: {loaded.stderr.strip()}")
     return wanted

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from testinfra.host import Host
+
+from pdstack.deploy import ask
+
+# Sorted by name, as their ports are.
+WORKERS = ("decode-0", "prefill-0")
+workers = pytest.mark.parametrize("worker", WORKERS)
+
+
+@workers
+def test_it_is_confined_and_healthy(
+    worker: str, is_confined: Callable[[str], bool], check_health: Callable[[str], bool]
+) -> None:
+    assert is_confined(worker)
+    assert check_health(worker)
+
+
+@workers
+def test_it_says_that_it_can_serve(worker: str, at: Callable[..., str]) -> None:
+    health = ask.get_json(at(9100 + WORKERS.index(worker), "/health"))
+    assert health["status"] == "ready"
+    assert (health["name"], health["role"]) == (worker, worker.split("-")[0])
+
+
+@workers
+def test_the_cluster_key_is_for_the_worker_alone(worker: str, host: Host) -> None:
+    key = host.file(f"/etc/pdstack/molecule/{worker}/cluster.key")
+    assert (key.uid, key.mode) == (64000, 0o400)
+    assert key.content_string.strip() not in host.check_output(f"docker container inspect pdstack-molecule-{worker}")
+
+
+@workers
+def test_the_fabric_profile_reached_the_container(
+    worker: str, host: Host, container: Callable[[str], dict[str, Any]]
+) -> None:
+    found = container(worker)
+    assert found["HostConfig"]["PidMode"] == "host"
+    assert "UCX_TLS=cma,tcp,self" in found["Config"]["Env"]
+    config = json.loads(host.file(f"/etc/pdstack/molecule/{worker}/worker.json").content_string)
+    assert config["role"] == worker.split("-")[0]
+    assert config["transfer"]["backend"] == "ucx"
+
+
+def test_a_request_goes_through_prefill_and_decode(at: Callable[..., str]) -> None:
+    answer = ask.complete(at(8000), "tiny", list(range(1, 41)), 6)
+    assert answer.good, answer.problem()
+    record = ask.get_json(at(9100, f"/requests/{answer.request_id}"))
+    assert record["prompt_tokens"] == 40
+    assert len(record["token_ids"]) == 6
+    assert record["transfer"]["bytes"] > 0
+    assert record["transfer"]["transport"] == "cma"
+    assert ask.get_json(at(9101, f"/requests/{answer.request_id}"))["role"] == "prefill"
