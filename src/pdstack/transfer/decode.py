@@ -13,7 +13,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from pdstack.transfer.agent import TransferAgent, TransferReport
-from pdstack.transfer.backends import Importer, Peer, Transport, open_importer
+from pdstack.transfer.backends import Importer, Peer, open_importer
 from pdstack.transfer.channel import MISSED_HEARTBEATS, Channel, connect
 from pdstack.transfer.checksum import checksum_blocks
 from pdstack.transfer.errors import (
@@ -29,6 +29,7 @@ from pdstack.transfer.errors import (
 from pdstack.transfer.layout import Run, check_blocks, plan_runs
 from pdstack.transfer.roles import Role
 from pdstack.transfer.ticket import Ticket, verify
+from pdstack.transfer.transport import Transport
 from pdstack.transfer.wire import Message
 
 _log = logging.getLogger(__name__)

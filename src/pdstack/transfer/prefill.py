@@ -176,6 +176,7 @@ class PrefillAgent(TransferAgent):
         match message["type"]:
             case "ping":
                 channel.send({"type": "pong"})
+                self._exporter.tend()
             case "begin":
                 reply = {"id": message.get("id")}
                 try:

@@ -8,13 +8,12 @@ exactly one peer. UCX reads its environment once, when it is loaded: :meth:`UcxL
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
 import threading
 from typing import ClassVar, NamedTuple
-
-from pdstack.transfer.backends.base import Transport
 
 _log = logging.getLogger("pdstack.transfer.ucx")
 
@@ -29,7 +28,20 @@ _LINE = re.compile(r"\|\s+(?P<text>.*?)\s+\|$")
 _LANE = re.compile(r"([a-z][a-z0-9_]*)/")
 _MESSAGE = re.compile(r"UCX\s+(?P<level>[A-Z]+)\s+(?P<text>.*)$")
 _FORWARD = {"WARN": logging.WARNING, "ERROR": logging.ERROR, "FATAL": logging.CRITICAL, "DIAG": logging.INFO}
+UNKNOWN = "unknown"
 _UNIT = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+class Transport(NamedTuple):
+    """What carries the reads of one peer, as UCX itself reports it."""
+
+    name: str  # e.g. "cma", "tcp", "rc_mlx5"; several are joined by "+"
+    detail: str  # e.g. "zero-copy cma/memory"
+
+    @property
+    def one_sided(self) -> bool:
+        """True if hardware or the kernel reads, False if the peer's process has to answer, or if UCX did not say."""
+        return self.name != UNKNOWN and "emulation" not in self.detail
 
 
 class Row(NamedTuple):
@@ -126,17 +138,24 @@ class UcxLog:
             cls._instances[owner] = cls(owner)
         return cls._instances[owner]
 
+    @staticmethod
+    def _flush() -> None:
+        # UCX writes through a C stream; only the C library can push out what it still holds.
+        ctypes.CDLL(None).fflush(None)
+
     def text(self) -> str:
         """Everything UCX has logged."""
+        self._flush()
         return os.pread(self._fd, os.fstat(self._fd).st_size, 0).decode(errors="replace")
 
     def transport(self, context: str, nbytes: int) -> Transport:
         """See :func:`read_transport`; ``("unknown", why)`` if UCX's log does not tell."""
         found = read_transport(parse_tables(self.text()), context, nbytes)
-        return found or Transport("unknown", f"UCX logged no protocol of ucp_get for {context}")
+        return found or Transport(UNKNOWN, f"UCX logged no protocol of ucp_get for {context}")
 
     def forward(self) -> None:
         """Pass UCX's warnings and errors on to Python's logging, each once."""
+        self._flush()
         with self._lock:
             size = os.fstat(self._fd).st_size
             data = os.pread(self._fd, size - self._forwarded, self._forwarded)

@@ -9,19 +9,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from threading import Event
-from typing import NamedTuple
 
 from pdstack.transfer.errors import BackendUnavailable
 from pdstack.transfer.layout import PoolView, Run
+from pdstack.transfer.transport import UNKNOWN, Transport, UcxLog
 
 BACKENDS = ("ucx", "nixl")
 
 
-class Transport(NamedTuple):
-    """What carries the reads of one peer, as UCX itself reports it."""
-
-    name: str  # e.g. "cma", "tcp", "rc_mlx5"; several are joined by "+"
-    detail: str  # e.g. "zero-copy cma/memory"
+# Reads in flight at a time where the peer's process is not involved.
+WINDOW = 256
+# Where it is, one: UCX (1.19 to 1.22) aborts the answering process if the reader's connection ends while further requests
+# of it wait to be answered, so one dying decode worker would take the prefill worker with it.
+import os as _os
+EMULATED_WINDOW = int(_os.environ.get("EW","1"))
 
 
 class Exporter(ABC):
@@ -32,6 +33,10 @@ class Exporter(ABC):
         """What a peer needs to read the pool. It is the capability itself: give it to authenticated peers only."""
 
     @abstractmethod
+    def tend(self) -> None:
+        """Housekeeping; called every heartbeat of a peer. Must not block."""
+
+    @abstractmethod
     def close(self) -> None:
         """Unregister the pool. No peer can read it afterwards."""
 
@@ -39,8 +44,22 @@ class Exporter(ABC):
 class Peer(ABC):
     """Decode's connection to one exporter. One thread at a time, except :meth:`abort`."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, log: UcxLog) -> None:
+        self._name, self._log = name, log
         self._aborted = Event()
+        self._transports: dict[int, Transport] = {}
+
+    def transport(self, nbytes: int) -> Transport:
+        """What carries a descriptor of `nbytes`; named "unknown" until UCX has said, which it does at the first read."""
+        known = self._transports.get(nbytes)
+        if known is None:
+            known = self._log.transport(self._name, nbytes)
+            if known.name != UNKNOWN:
+                self._transports[nbytes] = known
+        return known
+
+    def _window(self, nbytes: int) -> int:
+        return WINDOW if self.transport(nbytes).one_sided else EMULATED_WINDOW
 
     def abort(self) -> None:
         """Make a read in progress end soon with an error. Thread-safe; the peer cannot be used afterwards."""
@@ -53,10 +72,6 @@ class Peer(ABC):
         The law every backend keeps: when this returns or raises, our blocks are not written any more, whatever the peer
         or the network does later. After an error the peer is closed. Raises :class:`ReadFailed`.
         """
-
-    @abstractmethod
-    def transport(self, nbytes: int) -> Transport:
-        """What carries a descriptor of `nbytes`; ("unknown", why) if UCX did not say."""
 
     @abstractmethod
     def tend(self) -> None:

@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from pdstack.transfer.backends.base import Exporter, Importer, Peer, Transport
+from pdstack.transfer.backends.base import Exporter, Importer, Peer
 from pdstack.transfer.errors import BackendUnavailable, ReadFailed
 from pdstack.transfer.layout import PoolView, Run
 from pdstack.transfer.transport import UcxLog
 
-PROGRESS_DELAY_US = 1000
+PROGRESS_DELAY_US = 10_000
 _MEMORY = "DRAM"
 _api: Any = None
 
@@ -46,7 +46,11 @@ def _load() -> Any:
             raise BackendUnavailable(
                 f"kv_transfer_backend 'nixl' needs the Python package nixl-cu12 (1.4 or newer): {error}"
             ) from error
-        logging.getLogger("nixl_cu12._api").setLevel(logging.WARNING)
+        # The wheel logs to stdout by itself; let it speak like everyone else, and only when it matters.
+        logger = logging.getLogger("nixl")
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.WARNING)
         base: Any = module.nixlBind.nixlAgentConfig
 
         class SleepingConfig(base):  # type: ignore[misc]  # base is a native class without stubs
@@ -80,6 +84,9 @@ class NixlExporter(Exporter):
 
     def metadata(self) -> bytes:
         return self._metadata
+
+    def tend(self) -> None:
+        self._log.forward()
 
     def close(self) -> None:
         self._agent.deregister_memory(self._registered)
@@ -118,9 +125,8 @@ class NixlPeer(Peer):
     """One exporter as seen by an agent made for it alone."""
 
     def __init__(self, agent: Any, pool: PoolView, metadata: bytes, log: UcxLog) -> None:
-        super().__init__()
-        self._agent, self._pool, self._log = agent, pool, log
-        self._name = str(agent.name)
+        super().__init__(str(agent.name), log)
+        self._agent, self._pool = agent, pool
         try:
             values = json.loads(metadata)
             self._base = int(values["base"])
@@ -137,30 +143,33 @@ class NixlPeer(Peer):
     def read(self, runs: Sequence[Run]) -> None:
         if self._agent is None:
             raise ReadFailed("the NIXL connection to this peer is closed")
-        size = self._pool.block_bytes
-        handle: Any = None
         try:
-            local = self._descriptors([(self._pool.address + run.local * size, run.blocks * size) for run in runs])
-            remote = self._descriptors([(self._base + run.remote * size, run.blocks * size) for run in runs])
-            handle = self._agent.initialize_xfer("READ", local, remote, self._remote)
-            state = self._agent.transfer(handle)
-            while state == "PROC":
-                if self._aborted.is_set():
-                    raise ReadFailed("the read was aborted")
-                time.sleep(0)  # progress is made by asking, so ask again as soon as others have had their turn
-                state = self._agent.check_xfer_state(handle)
-            if state != "DONE":
-                raise ReadFailed(f"NIXL ended the read in state {state}")
-            self._agent.release_xfer_handle(handle)
+            start = 0
+            while start < len(runs):
+                size = max(run.blocks for run in runs[start:]) * self._pool.block_bytes
+                end = start + self._window(size)
+                self._read_together(runs[start:end])
+                start = end
         except Exception as error:  # NIXL's errors share no base class but Exception
-            del handle
             self.close()
             if isinstance(error, ReadFailed):
                 raise
             raise ReadFailed(f"NIXL could not read: {error} ({type(error).__name__})") from error
 
-    def transport(self, nbytes: int) -> Transport:
-        return self._log.transport(self._name, nbytes)
+    def _read_together(self, runs: Sequence[Run]) -> None:
+        size = self._pool.block_bytes
+        local = self._descriptors([(self._pool.address + run.local * size, run.blocks * size) for run in runs])
+        remote = self._descriptors([(self._base + run.remote * size, run.blocks * size) for run in runs])
+        handle = self._agent.initialize_xfer("READ", local, remote, self._remote)
+        state = self._agent.transfer(handle)
+        while state == "PROC":
+            if self._aborted.is_set():
+                raise ReadFailed("the read was aborted")
+            time.sleep(0)  # progress is made by asking, so ask again as soon as others have had their turn
+            state = self._agent.check_xfer_state(handle)
+        if state != "DONE":
+            raise ReadFailed(f"NIXL ended the read in state {state}")
+        self._agent.release_xfer_handle(handle)
 
     def tend(self) -> None:
         if self._agent is not None:

@@ -227,6 +227,8 @@ def load() -> Library:
                 "kv_transfer_backend 'ucx' needs libucp: looked for PDSTACK_LIBUCP, the Python package libucx-cu12 "
                 "and the system's libucp.so.0, found none. Install libucx-cu12."
             )
+        # Keeps CMA among the transports of endpoints that report the death of their peer; see backends/ucx.py.
+        os.environ.setdefault("UCX_CMA_MEMORY_INVALIDATE", "y")
         try:
             library = Library(path)
         except (OSError, AttributeError) as error:
