@@ -112,8 +112,10 @@ def issue(
     **values: Any,
 ) -> Ticket:
     """A signed ticket that is valid for `ttl_s` seconds from now; `values` are the fields of :class:`Ticket`."""
-    now = time.time()
-    return Ticket(issued_at=now, expires_at=now + ttl_s, nonce=new_nonce(), **values).signed(key)
+    # Whole milliseconds: the router parses and prints the ticket as JSON, and its parser (serde_json) changes the last
+    # bit of numbers with more than 15 digits now and then. The MAC would then not match any more.
+    now = round(time.time(), 3)
+    return Ticket(issued_at=now, expires_at=round(now + ttl_s, 3), nonce=new_nonce(), **values).signed(key)
 
 
 def _mac(ticket: Ticket, key: ClusterKey) -> str:
