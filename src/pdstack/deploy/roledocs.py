@@ -56,15 +56,24 @@ def table(options: dict[str, dict[str, Any]], defaults: dict[str, Any]) -> Itera
         yield f"| `{name}` | {type_of(option)} | {default_of(name, option, defaults)} | {meaning} |"
 
 
-def nested(options: dict[str, dict[str, Any]], prefix: str = "") -> Iterator[str]:
-    """Yield a table for each option that is a dict with declared keys, depth first."""
+def nested(
+    options: dict[str, dict[str, Any]], shown: dict[str, dict[str, dict[str, Any]]], prefix: str = ""
+) -> Iterator[str]:
+    """Yield a table for each option that is a dict with declared keys, depth first.
+
+    `shown` remembers what has been: an entry point that takes the same dict as one before it gets a sentence.
+    """
     for name, option in options.items():
         below = option.get("options")
         if not below:
             continue
         path = f"{prefix}{name}"
+        if shown.get(path) == below:
+            yield from ("", f"Keys of `{path}`: as above.")
+            continue
+        shown[path] = below
         yield from ("", f"Keys of `{path}`:", "", *table(below, {}))
-        yield from nested(below, prefix=f"{path}.")
+        yield from nested(below, shown, prefix=f"{path}.")
 
 
 def render(role: Path) -> str:
@@ -72,6 +81,7 @@ def render(role: Path) -> str:
     specs, defaults = read_specs(role), read_defaults(role)
     about = load(role / "meta" / "main.yml").get("galaxy_info", {}).get("description", "")
     lines = [f"# {role.name}", "", MARK]
+    shown: dict[str, dict[str, dict[str, Any]]] = {}
     if about:
         lines += ["", text(about)]
     for entry in sorted(specs, key=lambda name: (name != "main", name)):
@@ -82,7 +92,7 @@ def render(role: Path) -> str:
             lines += ["", description]
         options = spec.get("options") or {}
         if options:
-            lines += ["", *table(options, defaults), *nested(options)]
+            lines += ["", *table(options, defaults), *nested(options, shown)]
         else:
             lines += ["", "Takes no variables."]
     return "\n".join(lines) + "\n"

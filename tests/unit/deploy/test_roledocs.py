@@ -62,6 +62,15 @@ def test_main_comes_first(role: Path) -> None:
     assert readme.index("## main") < readme.index("## remove")
 
 
+def test_the_same_dict_is_described_once(role: Path) -> None:
+    path = role / "meta" / "argument_specs.yml"
+    entry = SPEC[SPEC.index("    short_description: Run it.") :]
+    path.write_text(f"{SPEC}  run:\n{entry}")
+    readme = roledocs.render(role)
+    assert readme.count("| `mode` |") == 1
+    assert "Keys of `demo__spec`: as above." in readme
+
+
 def test_check_fails_until_written_and_writes_nothing(role: Path, capsys: pytest.CaptureFixture[str]) -> None:
     roles = ["--roles", str(role.parent)]
     assert roledocs.main(["--check", *roles]) == 1
