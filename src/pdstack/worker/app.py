@@ -125,9 +125,8 @@ class Worker:
         return True
 
     async def _load_engine(self) -> Engine:
-        settings = asdict(self.config.engine)
-        settings.pop("default_max_tokens")
-        engine = await asyncio.to_thread(Engine.load, Path(self.config.model_path), EngineConfig(**settings))
+        settings = EngineConfig(**asdict(self.config.engine))
+        engine = await asyncio.to_thread(Engine.load, Path(self.config.model_path), settings)
         engine.start()
         if self.config.role == "prefill" and self.config.engine.prefix_cache:
             self.kv_events = KvEvents(self.config.engine.block_size)
@@ -196,7 +195,7 @@ class Worker:
         assert self.engine is not None
         while True:
             stats = self.engine.stats()
-            link.publish_metrics(stats.running, stats.waiting, stats.used_blocks, 0)
+            link.publish_metrics(stats.prefilling + stats.decoding, stats.waiting, stats.used_blocks)
             await asyncio.sleep(METRICS_PERIOD_S)
 
     async def _drain(self) -> None:

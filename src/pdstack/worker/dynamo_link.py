@@ -45,7 +45,7 @@ class Link:
         self._endpoint: Any = None
         self._client: Any = None
         self._metrics_publisher: Any = None
-        self._last_metrics: tuple[int, int, int, int] | None = None
+        self._last_metrics: tuple[int, int, int] | None = None
 
     async def open(self) -> None:
         """Connect to etcd and NATS and create the component. Raises RuntimeFailed."""
@@ -126,9 +126,9 @@ class Link:
         """Say whether discovery lists this instance now."""
         return self._client is not None and self.worker_id in self._client.instance_ids()
 
-    def publish_metrics(self, active: int, waiting: int, used_blocks: int, hit_permille: int) -> None:
+    def publish_metrics(self, active: int, waiting: int, used_blocks: int) -> None:
         """Tell the router how busy this worker is; what has not changed is not sent again."""
-        state = (active, waiting, used_blocks, hit_permille)
+        state = (active, waiting, used_blocks)
         if state == self._last_metrics:
             return
         from dynamo.llm import ForwardPassMetrics, KvStats, WorkerStats
@@ -137,7 +137,7 @@ class Link:
         self._metrics_publisher.publish(
             ForwardPassMetrics(
                 WorkerStats(active, self._config.engine.max_batch, waiting, 0),
-                KvStats(used_blocks, total, used_blocks / total, hit_permille / 1000),
+                KvStats(used_blocks, total, used_blocks / total, 0.0),
                 None,
             )
         )

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from pdstack.engine import RequestCancelled
 from pdstack.worker.finished import FinishedRequests
 from pdstack.worker.metrics import WorkerMetrics
 
@@ -106,7 +107,8 @@ class Jobs:
         while (item := await job.items.get()) is not None:
             yield item
         if job.problem is not None:
-            raise job.problem
+            # Dynamo prints the traceback of what it catches; the frames of the task are in our own log already.
+            raise job.problem.with_traceback(None)
 
     async def _run(
         self,
@@ -121,7 +123,7 @@ class Jobs:
         try:
             await work(job)
             outcome = "ok"
-        except Cancelled:
+        except (Cancelled, RequestCancelled):
             outcome = "cancelled"
         except refusals as error:
             outcome, job.problem = "refused", error

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from pdstack.engine import KvEvent
+
 log = logging.getLogger(__name__)
 
 NO_LORA = 0
@@ -40,6 +42,13 @@ class KvEvents:
             self._publisher = KvEventPublisher(component=component, worker_id=worker_id, kv_block_size=self._block_size)
             for block_hash, (tokens, parent) in self._held.items():
                 self._publish_stored(tokens, [block_hash], parent)
+
+    def __call__(self, event: KvEvent) -> None:
+        """Take a change from the engine."""
+        if event.kind == "stored":
+            self.stored(event.token_ids, event.block_hashes, event.parent_hash)
+        else:
+            self.removed(event.block_hashes)
 
     def stored(self, token_ids: Sequence[int], block_hashes: Sequence[int], parent_hash: int | None) -> None:
         """Note blocks that follow each other: `token_ids` of all of them, one hash a block."""

@@ -48,11 +48,12 @@ def engine_request(
             "at least one token of answer; shorten the prompt"
         )
     refuse_unsupported(data)
-    return Request(
-        request_id=key,
-        token_ids=token_ids,
-        sampling=sampling(request_id, data, min(max_context - len(token_ids), limit(data, default_max_tokens))),
-    )
+    max_tokens = min(max_context - len(token_ids), limit(data, default_max_tokens))
+    try:
+        chosen = sampling(request_id, data, max_tokens)
+    except (TypeError, ValueError) as error:
+        raise BadRequest(str(error)) from None
+    return Request(request_id=key, token_ids=token_ids, sampling=chosen)
 
 
 def limit(data: Mapping[str, Any], default_max_tokens: int) -> int:
