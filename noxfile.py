@@ -60,12 +60,28 @@ def environment(session: nox.Session, name: str) -> dict[str, str]:
     return env
 
 
-def playbook(session: nox.Session, name: str, *args: str, env: dict[str, str] | None = None) -> None:
+def run(session: nox.Session, env: dict[str, str], program: str, *args: str) -> None:
+    """Run a program of the environment (nox looks programs up before it applies `env`)."""
+    session.run(f"{env['VIRTUAL_ENV']}/bin/{program}", *args, env=env, external=True)
+
+
+def test_servers(session: nox.Session, env: dict[str, str]) -> dict[str, str]:
+    """Unpack etcd and NATS of the distribution for the integration tests; without apt they must be on the PATH."""
+    home = CACHE / "test-servers"
+    if not (home / "rootfs").is_dir() and shutil.which("apt-get") and os.geteuid() == 0:
+        session.run("apt-get", "update", "--quiet=2", external=True)
+        files = ("usr/bin/etcd", "usr/sbin/nats-server")
+        wanted = [word for deb in ("etcd-server", "nats-server") for word in ("--deb", deb)]
+        wanted += [word for file in files for word in ("--file", file)]
+        run(session, env, "python", "-m", "pdstack.deploy.imagecontext", "binaries", "--out", str(home), *wanted)
+    return env | {"PDSTACK_TEST_BIN": f"{home}/rootfs/usr/bin{os.pathsep}{home}/rootfs/usr/sbin"}
+
+
+def playbook(session: nox.Session, name: str, *args: str) -> None:
     """Run a playbook over the inventory that the arguments name, or over inventories/local."""
-    env = env or environment(session, "deploy")
     given = any(arg == "-i" or arg.startswith(("-i", "--inventory")) for arg in args)
     common = ["-i", "inventories/common"] if given else []
-    session.run("ansible-playbook", *common, name, *args, env=env, external=True)
+    run(session, environment(session, "deploy"), "ansible-playbook", *common, name, *args)
 
 
 @nox.session(default=False)
@@ -100,34 +116,34 @@ def destroy(session: nox.Session) -> None:
 def lint(session: nox.Session) -> None:
     """Ruff, mypy strict, yamllint, ansible-lint production, role specs equal to defaults, role READMEs fresh."""
     env = environment(session, "dev")
-    session.run("ruff", "check", ".", env=env)
-    session.run("ruff", "format", "--check", ".", env=env)
-    session.run("mypy", env=env)
-    session.run("yamllint", "--strict", ".", env=env)
-    session.run("python", "-m", "pdstack.deploy.argspecs", "--check", env=env)
-    session.run("python", "-m", "pdstack.deploy.roledocs", "--check", env=env)
-    session.run("ansible-lint", "--offline", "--strict", "-c", ".config/ansible-lint.yml", env=env)
+    run(session, env, "ruff", "check", ".")
+    run(session, env, "ruff", "format", "--check", ".")
+    run(session, env, "mypy")
+    run(session, env, "yamllint", "--strict", ".")
+    run(session, env, "python", "-m", "pdstack.deploy.argspecs", "--check")
+    run(session, env, "python", "-m", "pdstack.deploy.roledocs", "--check")
+    run(session, env, "ansible-lint", "--offline", "--strict", "-c", ".config/ansible-lint.yml")
 
 
 @nox.session(default=False)
 def unit(session: nox.Session) -> None:
     """Unit tests, inventory cases, and the workers against a real etcd, NATS and frontend, without containers."""
-    env = environment(session, "dev")
-    session.run("pytest", "tests/unit", "tests/inventory_cases", "tests/integration", *session.posargs, env=env)
+    env = test_servers(session, environment(session, "dev"))
+    run(session, env, "pytest", "tests/unit", "tests/inventory_cases", "tests/integration", *session.posargs)
 
 
 @nox.session(default=False)
 def molecule(session: nox.Session) -> None:
     """A scenario for every Ansible role on a systemd container (-- SCENARIO for one of them)."""
     env = environment(session, "dev")
-    session.run("python", "-m", "tests.molecule", *session.posargs, env=env | {"PYTHONPATH": f"{ROOT}/src:{ROOT}"})
+    run(session, env | {"PYTHONPATH": f"{ROOT}/src:{ROOT}"}, "python", "-m", "tests.molecule", *session.posargs)
 
 
 @nox.session(default=False)
 def e2e(session: nox.Session) -> None:
     """Deploy, verify over both backends, kill each container in turn, destroy."""
     env = environment(session, "dev")
-    session.run("pytest", "tests/e2e", "-x", "-s", *session.posargs, env=env)
+    run(session, env, "pytest", "tests/e2e", "-x", "-s", *session.posargs)
 
 
 @nox.session(default=False)
