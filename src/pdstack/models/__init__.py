@@ -1,0 +1,1 @@
+"""Models: what a directory must hold, how weights are read, and how the built-in models are made."""
