@@ -322,11 +322,14 @@ class Stack:
             response.close()
 
     def stop(self) -> None:
-        for program in [*self.frontends, *(worker.program for worker in self.workers.values())]:
-            if program.alive():
-                program.send(signal.SIGTERM)
-        for program in [*self.frontends, *(worker.program for worker in self.workers.values())]:
-            program.stop()
+        # A frontend takes 5 s and more to leave after SIGTERM, and holds nothing that is worth the wait.
+        for frontend in self.frontends:
+            frontend.kill()
+        for worker in self.workers.values():
+            if worker.program.alive():
+                worker.program.send(signal.SIGTERM)
+        for worker in self.workers.values():
+            worker.program.stop()
 
 
 @dataclass

@@ -17,7 +17,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from pdstack.engine import Engine, EngineConfig
 from pdstack.transfer import KVLayout, Role, TransferAgent, TransferConfig, TransferMetrics
-from pdstack.worker import coordination
+from pdstack.worker import coordination, predecessor
 from pdstack.worker.config import WorkerConfig
 from pdstack.worker.dynamo_link import Link, RuntimeFailed
 from pdstack.worker.finished import FinishedRequests
@@ -157,6 +157,9 @@ class Worker:
             link = Link(self.config)
             try:
                 await link.open()
+                await predecessor.replace(
+                    self.config.etcd_endpoints, self.config.namespace, self.config.name, link.worker_id
+                )
                 if self.kv_events is not None:
                     self.kv_events.attach(link.component, link.worker_id)
                 await link.register()

@@ -34,7 +34,12 @@ PLAIN: dict[str, Any] = {
         "include_stop_str_in_output": None,
         "guided_decoding": None,
     },
-    "output_options": {"logprobs": None, "prompt_logprobs": None, "skip_special_tokens": None, "formatted_prompt": None},
+    "output_options": {
+        "logprobs": None,
+        "prompt_logprobs": None,
+        "skip_special_tokens": None,
+        "formatted_prompt": None,
+    },
     "eos_token_ids": [2],
     "annotations": [],
 }
