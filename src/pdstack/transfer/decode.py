@@ -33,6 +33,10 @@ from pdstack.transfer.transport import Transport
 from pdstack.transfer.wire import Message
 
 _log = logging.getLogger(__name__)
+# A parked peer is closed when a later read from the same place succeeds, but not before it had this time to see that
+# its answer goes nowhere; and no more than so many are kept.
+_PARKED_S = 2.0
+_MAX_PARKED = 16
 # How long prefill may take to answer a begin.
 _ANSWER_S = 5.0
 
@@ -44,19 +48,26 @@ class _Outcome(NamedTuple):
     transport: Transport
 
 
+class _Parked(NamedTuple):
+    peer: Peer
+    where: tuple[str, int]
+    incarnation: str
+    since: float
+
+
 class _Link:
     """One prefill agent: its control channel, its backend peer, and the one thread that touches the peer."""
 
-    def __init__(self, channel: Channel, heartbeat_s: float) -> None:
+    def __init__(self, channel: Channel, where: tuple[str, int], heartbeat_s: float) -> None:
         loop = asyncio.get_running_loop()
-        self.channel = channel
+        self.channel, self.where = channel, where
         self.name = channel.peer.name
         self.num_blocks = 0
         self.reads: set[asyncio.Future[_Outcome]] = set()
         self.lost: asyncio.Future[TransferError] = loop.create_future()
         self.executor = ThreadPoolExecutor(1, thread_name_prefix=f"kv-read-{self.name}")
         self.peer: Peer | None = None
-        self.transport: dict[int, Transport] = {}
+        self.transports: set[Transport] = set()
         self._heartbeat_s = heartbeat_s
         self._silence_s = heartbeat_s * MISSED_HEARTBEATS
         self._ids = count(1)
@@ -134,11 +145,16 @@ class _Link:
         self.lost.set_result(error)
         if self.peer is not None:
             self.peer.abort()
-            self.executor.submit(self.peer.close)
+            self.executor.submit(self._let_go, self.peer)
         self.executor.shutdown(wait=False)
 
+    @staticmethod
+    def _let_go(peer: Peer) -> None:
+        if not peer.parked:
+            peer.close()
+
     async def close(self) -> None:
-        """Close and wait until the backend has let go."""
+        """Close and wait until the backend has let go, or parked the peer."""
         self.fail(PeerUnreachable("the agent was closed"))
         for task in self._tasks:
             task.cancel()
@@ -157,6 +173,7 @@ class DecodeAgent(TransferAgent):
         self._links: dict[tuple[str, int], _Link] = {}
         self._locks: dict[tuple[str, int], asyncio.Lock] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self._parked: list[_Parked] = []
         self._bytes = self._transfers = self._failures = self._quarantined = 0
         self._importer = await asyncio.to_thread(open_importer, self.config.backend, self.name, self._view)
         _log.info("decode agent %s imports KV over %s", self.name, self.config.backend)
@@ -178,7 +195,22 @@ class DecodeAgent(TransferAgent):
                 "fetch of request %s from %s failed (%s): %s", ticket.request_id, ticket.worker, error.code, error
             )
             raise
-        return self._report(link, runs, outcome, time.perf_counter() - started)
+        report = self._report(link, runs, outcome, time.perf_counter() - started)
+        if self._parked:
+            await self._unpark(link)
+        return report
+
+    async def _unpark(self, healthy: _Link) -> None:
+        """Close parked peers of the worker that has just served a read, and those of its earlier runs."""
+        latest = time.monotonic() - _PARKED_S
+        for parked in list(self._parked):
+            known = parked.incarnation == healthy.channel.peer.incarnation
+            if parked.where == healthy.where and (not known or parked.since <= latest):
+                await self._bury(parked)
+
+    async def _bury(self, parked: _Parked) -> None:
+        self._parked.remove(parked)
+        await asyncio.to_thread(parked.peer.close)
 
     async def discard(self, ticket: Ticket) -> None:
         try:
@@ -218,7 +250,7 @@ class DecodeAgent(TransferAgent):
     async def _connect(self, where: tuple[str, int]) -> _Link:
         started = time.perf_counter()
         channel = await connect(*where, self._identity)
-        link = _Link(channel, self.config.heartbeat_s)
+        link = _Link(channel, where, self.config.heartbeat_s)
         try:
             await link.open(self._importer, self.config.backend, self._fingerprint, self.layout.block_bytes)
         except BaseException:
@@ -237,9 +269,16 @@ class DecodeAgent(TransferAgent):
             del self._links[where]
         self.metrics.peers.set(len(self._links))
         _log.info("prefill agent %s is gone: %s", link.name, link.lost.result())
-        task = asyncio.get_running_loop().create_task(link.close())
+        task = asyncio.get_running_loop().create_task(self._part(link))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+    async def _part(self, link: _Link) -> None:
+        await link.close()
+        if link.peer is not None and link.peer.parked:
+            self._parked.append(_Parked(link.peer, link.where, link.channel.peer.incarnation, time.monotonic()))
+            if len(self._parked) > _MAX_PARKED:
+                await self._bury(self._parked[0])
 
     async def _begin(self, link: _Link, ticket: Ticket) -> None:
         wire = ticket.to_wire()
@@ -275,8 +314,10 @@ class DecodeAgent(TransferAgent):
                     f"the {len(local)} blocks read from {link.name} have checksum {outcome.checksum}, prefill exported "
                     f"{ticket.checksum}: the bytes are not the ones exported and were not used"
                 )
-        except TransferError:
+        except TransferError as error:
             link.channel.send({"type": "done", "nonce": ticket.nonce, "ok": False})
+            if link.lost.done() and not isinstance(error, ChecksumMismatch):
+                raise PeerUnreachable(f"{link.name} was lost during the read: {link.lost.result()}") from error
             raise
         link.channel.send({"type": "done", "nonce": ticket.nonce, "ok": True})
         return outcome
@@ -289,11 +330,11 @@ class DecodeAgent(TransferAgent):
         read = time.perf_counter()
         checksum = checksum_blocks(self._pool, local)
         end = time.perf_counter()
-        size = max(run.blocks for run in runs) * self.layout.block_bytes
-        if size not in link.transport:
-            link.transport[size] = link.peer.transport(size)
-            _log.info("reads of %d bytes from %s go over %s", size, link.name, link.transport[size].detail)
-        return _Outcome(read - start, end - read, checksum, link.transport[size])
+        transport = link.peer.transport(max(run.blocks for run in runs) * self.layout.block_bytes)
+        if transport not in link.transports:
+            link.transports.add(transport)
+            _log.info("reads from %s go over %s: %s", link.name, transport.name, transport.detail)
+        return _Outcome(read - start, end - read, checksum, transport)
 
     def _give_up(self, link: _Link, read: asyncio.Future[_Outcome], blocks: int) -> TransferError:
         """The error for a read that has not ended; its blocks are in quarantine until the backend has let go."""
@@ -365,6 +406,8 @@ class DecodeAgent(TransferAgent):
             await link.close()
         if self._closing:
             await asyncio.gather(*self._closing, return_exceptions=True)
+        for parked in list(self._parked):
+            await self._bury(parked)
         await asyncio.to_thread(self._importer.close)
 
     def stats(self) -> dict[str, Any]:
@@ -381,7 +424,7 @@ class DecodeAgent(TransferAgent):
                 {
                     "name": link.name,
                     "incarnation": link.channel.peer.incarnation,
-                    "transports": sorted({transport.name for transport in link.transport.values()}),
+                    "transports": sorted({transport.name for transport in link.transports}),
                 }
                 for link in self._links.values()
             ],

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from threading import Event
 
-from pdstack.transfer.errors import BackendUnavailable
+from pdstack.transfer.errors import BackendUnavailable, ReadFailed
 from pdstack.transfer.layout import PoolView, Run
 from pdstack.transfer.transport import UNKNOWN, Transport, UcxLog
 
@@ -21,8 +21,7 @@ BACKENDS = ("ucx", "nixl")
 WINDOW = 256
 # Where it is, one: UCX (1.19 to 1.22) aborts the answering process if the reader's connection ends while further requests
 # of it wait to be answered, so one dying decode worker would take the prefill worker with it.
-import os as _os
-EMULATED_WINDOW = int(_os.environ.get("EW","1"))
+EMULATED_WINDOW = 1
 
 
 class Exporter(ABC):
@@ -47,6 +46,7 @@ class Peer(ABC):
     def __init__(self, name: str, log: UcxLog) -> None:
         self._name, self._log = name, log
         self._aborted = Event()
+        self.parked = False
         self._transports: dict[int, Transport] = {}
 
     def transport(self, nbytes: int) -> Transport:
@@ -65,12 +65,21 @@ class Peer(ABC):
         """Make a read in progress end soon with an error. Thread-safe; the peer cannot be used afterwards."""
         self._aborted.set()
 
+    def _given_up(self, nbytes: int) -> ReadFailed:
+        """For a backend's read that finds itself aborted: decides whether the peer is parked."""
+        transport = self.transport(nbytes)
+        self.parked = transport.name != UNKNOWN and not transport.one_sided
+        return ReadFailed("the read was aborted")
+
     @abstractmethod
     def read(self, runs: Sequence[Run]) -> None:
         """READ the runs from the peer's pool into ours.
 
         The law every backend keeps: when this returns or raises, our blocks are not written any more, whatever the peer
-        or the network does later. After an error the peer is closed. Raises :class:`ReadFailed`.
+        or the network does later. Where hardware might still write, that takes closing the connection. Where the bytes
+        arrive as messages that only we can unpack, it is enough never to look again, and better: the peer may be frozen
+        with an answer half sent, and UCX would abort it at the end of the connection. Such a peer is left `parked`, to be
+        closed once the other side is seen to be well again, or gone. Raises :class:`ReadFailed`.
         """
 
     @abstractmethod

@@ -127,6 +127,7 @@ class NixlPeer(Peer):
     def __init__(self, agent: Any, pool: PoolView, metadata: bytes, log: UcxLog) -> None:
         super().__init__(str(agent.name), log)
         self._agent, self._pool = agent, pool
+        self._handle: Any = None
         try:
             values = json.loads(metadata)
             self._base = int(values["base"])
@@ -141,7 +142,7 @@ class NixlPeer(Peer):
         return self._agent.get_xfer_descs(table, _MEMORY)
 
     def read(self, runs: Sequence[Run]) -> None:
-        if self._agent is None:
+        if self._agent is None or self.parked:
             raise ReadFailed("the NIXL connection to this peer is closed")
         try:
             start = 0
@@ -151,7 +152,8 @@ class NixlPeer(Peer):
                 self._read_together(runs[start:end])
                 start = end
         except Exception as error:  # NIXL's errors share no base class but Exception
-            self.close()
+            if not self.parked:
+                self.close()
             if isinstance(error, ReadFailed):
                 raise
             raise ReadFailed(f"NIXL could not read: {error} ({type(error).__name__})") from error
@@ -164,7 +166,10 @@ class NixlPeer(Peer):
         state = self._agent.transfer(handle)
         while state == "PROC":
             if self._aborted.is_set():
-                raise ReadFailed("the read was aborted")
+                error = self._given_up(size)
+                if self.parked:
+                    self._handle = handle  # releasing it would ask the peer's worker for progress
+                raise error
             time.sleep(0)  # progress is made by asking, so ask again as soon as others have had their turn
             state = self._agent.check_xfer_state(handle)
         if state != "DONE":
@@ -172,11 +177,11 @@ class NixlPeer(Peer):
         self._agent.release_xfer_handle(handle)
 
     def tend(self) -> None:
-        if self._agent is not None:
+        if self._agent is not None and not self.parked:
             self._agent.get_new_notifs()
         self._log.forward()
 
     def close(self) -> None:
-        self._agent = None
+        self._handle = self._agent = None
         gc.collect()
         self._log.forward()

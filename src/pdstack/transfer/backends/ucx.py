@@ -135,7 +135,7 @@ class UcxPeer(Peer):
 
     def read(self, runs: Sequence[Run]) -> None:
         endpoint = self._endpoint
-        if endpoint is None:
+        if endpoint is None or self.parked:
             raise ReadFailed("the UCX connection to this peer is closed")
         size, pending = self._pool.block_bytes, set[int]()
         try:
@@ -154,12 +154,13 @@ class UcxPeer(Peer):
             while pending:
                 self._reap(endpoint, pending)
         except BaseException:
-            self.close()
+            if not self.parked:
+                self.close()
             raise
 
     def _reap(self, endpoint: ucp.Endpoint, pending: set[int]) -> None:
         if self._aborted.is_set():
-            raise ReadFailed("the read was aborted")
+            raise self._given_up(self._pool.block_bytes)
         _wait(self._worker, self._poller, _WAKE_S / 10)
         for request in list(pending):
             if endpoint.status(request) != ucp.UCS_INPROGRESS:
@@ -167,7 +168,7 @@ class UcxPeer(Peer):
                 endpoint.finish(request)
 
     def tend(self) -> None:
-        while self._endpoint is not None and self._worker.progress():
+        while self._endpoint is not None and not self.parked and self._worker.progress():
             pass
         self._log.forward()
 
