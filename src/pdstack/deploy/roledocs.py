@@ -45,56 +45,62 @@ def default_of(name: str, option: dict[str, Any], defaults: dict[str, Any]) -> s
     return code(option["default"]) if option.get("default") is not None else "none"
 
 
-def table(options: dict[str, dict[str, Any]], defaults: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines of a Markdown table of options, one row each."""
-    yield "| variable | type | default | meaning |"
-    yield "|---|---|---|---|"
-    for name, option in options.items():
-        meaning = text(option.get("description"))
-        if "choices" in option:
-            meaning += " One of " + ", ".join(code(choice) for choice in option["choices"]) + "."
-        yield f"| `{name}` | {type_of(option)} | {default_of(name, option, defaults)} | {meaning} |"
+def meaning_of(option: dict[str, Any]) -> str:
+    """Return the description of an option, with its choices."""
+    choices = ", ".join(code(choice) for choice in option.get("choices", ()))
+    return text(option.get("description")) + (f" One of {choices}." if choices else "")
 
 
-def nested(
-    options: dict[str, dict[str, Any]], shown: dict[str, dict[str, dict[str, Any]]], prefix: str = ""
-) -> Iterator[str]:
-    """Yield a table for each option that is a dict with declared keys, depth first.
+def merged(specs: dict[str, dict[str, Any]]) -> dict[str, tuple[dict[str, Any], list[str]]]:
+    """Return each option once, as its first entry point declares it, with the entry points that take it."""
+    options: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for entry, spec in specs.items():
+        for name, option in (spec.get("options") or {}).items():
+            options.setdefault(name, (option, []))[1].append(entry)
+    return options
 
-    `shown` remembers what has been: an entry point that takes the same dict as one before it gets a sentence.
-    """
-    for name, option in options.items():
-        below = option.get("options")
-        if not below:
-            continue
-        path = f"{prefix}{name}"
-        if shown.get(path) == below:
-            yield from ("", f"Keys of `{path}`: as above.")
-            continue
-        shown[path] = below
-        yield from ("", f"Keys of `{path}`:", "", *table(below, {}))
-        yield from nested(below, shown, prefix=f"{path}.")
+
+def variables(specs: dict[str, dict[str, Any]], defaults: dict[str, Any]) -> Iterator[str]:
+    """Yield a Markdown table of all variables and, below it, one for each dict with declared keys."""
+    options = merged(specs)
+    yield "| variable | type | default | entry points | meaning |"
+    yield "|---|---|---|---|---|"
+    for name, (option, entries) in options.items():
+        where = "all" if len(entries) == len(specs) else ", ".join(entries)
+        default = default_of(name, option, defaults)
+        yield f"| `{name}` | {type_of(option)} | {default} | {where} | {meaning_of(option)} |"
+    for name, (option, _) in options.items():
+        yield from keys(name, option)
+
+
+def keys(path: str, option: dict[str, Any]) -> Iterator[str]:
+    """Yield a table of the keys that an option's dict may have, and of those of the dicts in it."""
+    below = option.get("options") or {}
+    if not below:
+        return
+    yield from ("", f"Keys of `{path}`:", "", "| key | type | default | meaning |", "|---|---|---|---|")
+    for name, key in below.items():
+        yield f"| `{name}` | {type_of(key)} | {default_of(name, key, {})} | {meaning_of(key)} |"
+    for name, key in below.items():
+        yield from keys(f"{path}.{name}", key)
 
 
 def render(role: Path) -> str:
     """Return the README of a role as Markdown, ending in one newline."""
-    specs, defaults = read_specs(role), read_defaults(role)
+    found = read_specs(role)
+    specs = {entry: found[entry] for entry in sorted(found, key=lambda name: (name != "main", name))}
     about = load(role / "meta" / "main.yml").get("galaxy_info", {}).get("description", "")
     lines = [f"# {role.name}", "", MARK]
-    shown: dict[str, dict[str, dict[str, Any]]] = {}
     if about:
         lines += ["", text(about)]
-    for entry in sorted(specs, key=lambda name: (name != "main", name)):
-        spec = specs[entry]
-        lines += ["", f"## {entry}", "", text(spec.get("short_description"))]
-        description = text(spec.get("description"))
-        if description and description != text(spec.get("short_description")):
-            lines += ["", description]
-        options = spec.get("options") or {}
-        if options:
-            lines += ["", *table(options, defaults), *nested(options, shown)]
-        else:
-            lines += ["", "Takes no variables."]
+    lines += ["", "## Entry points", "", "| entry point | what it does |", "|---|---|"]
+    for entry, spec in specs.items():
+        lines.append(f"| `{entry}` | {text(spec.get('short_description'))} |")
+    for entry, spec in specs.items():
+        if spec.get("description"):
+            lines += ["", f"`{entry}`: {text(spec['description'])}"]
+    if merged(specs):
+        lines += ["", "## Variables", "", *variables(specs, read_defaults(role))]
     return "\n".join(lines) + "\n"
 
 

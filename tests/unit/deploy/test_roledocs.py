@@ -49,26 +49,26 @@ def test_the_readme_says_what_the_specs_say(role: Path) -> None:
     readme = roledocs.render(role)
     assert readme.startswith("# demo\n")
     assert "A demo." in readme
-    assert "First it looks. Then it runs." in readme
-    assert "| `demo__ports` | list of int | `[80]` | Where it listens. |" in readme
-    assert "| `demo__spec` | dict | required | What to run. |" in readme
+    assert "`main`: First it looks. Then it runs." in readme
+    assert "| `demo__ports` | list of int | `[80]` | main | Where it listens. |" in readme
+    assert "| `demo__spec` | dict | required | main | What to run. |" in readme
     assert "Keys of `demo__spec`:" in readme
     assert '| `mode` | str | `"a"` | How \\| where. One of `"a"`, `"b"`. |' in readme
-    assert readme.endswith("Takes no variables.\n")
+    assert readme.endswith("|\n")
 
 
 def test_main_comes_first(role: Path) -> None:
     readme = roledocs.render(role)
-    assert readme.index("## main") < readme.index("## remove")
+    assert readme.index("| `main` | Run it. |") < readme.index("| `remove` | Take it away. |")
 
 
-def test_the_same_dict_is_described_once(role: Path) -> None:
+def test_a_variable_of_several_entry_points_is_described_once(role: Path) -> None:
     path = role / "meta" / "argument_specs.yml"
     entry = SPEC[SPEC.index("    short_description: Run it.") :]
     path.write_text(f"{SPEC}  run:\n{entry}")
     readme = roledocs.render(role)
     assert readme.count("| `mode` |") == 1
-    assert "Keys of `demo__spec`: as above." in readme
+    assert "| `demo__ports` | list of int | `[80]` | main, run | Where it listens. |" in readme
 
 
 def test_check_fails_until_written_and_writes_nothing(role: Path, capsys: pytest.CaptureFixture[str]) -> None:
