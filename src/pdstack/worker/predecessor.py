@@ -1,7 +1,7 @@
 """Withdraw what a killed process of the same worker left behind in etcd.
 
-After kill -9 the lease lives on for up to 10 s, and the router goes on sending requests to nobody. The next process of the
-same name knows that its predecessor is dead: it revokes that lease, and then leaves a note of its own.
+After kill -9 the lease lives on for up to 10 s, and the router goes on sending requests to nobody. The next process of
+the same name knows that its predecessor is dead: it revokes that lease, and then leaves a note of its own.
 
 The note is the key `pdstack/NAMESPACE/workers/NAME`, its value the lease in hex. Spoken is etcd's JSON gateway (on by
 default in 3.4 and later), over plain http; over https this is skipped, and the lease runs out by itself.
