@@ -156,7 +156,7 @@ def unlinked_libraries(root: Path) -> list[Path]:
 
 
 def link_copies(root: Path) -> None:
-    """Replace equal shared libraries of one directory by symbolic links (wheels cannot hold links, so they hold copies)."""
+    """Replace equal shared libraries of one directory by links: wheels cannot hold links, so they hold copies."""
     seen: dict[tuple[Path, str], Path] = {}
     # The longest name (libucp.so.0.0.0) stays the file, as in a normal installation.
     for path in sorted(root.rglob("*.so*"), key=lambda p: (-len(p.name), p)):
@@ -182,17 +182,36 @@ def make_readable(root: Path) -> None:
             path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
 
 
+def wheels_key(requirements: Path, python_version: str, machine: str) -> str:
+    """Return a SHA-256 (hex) over all that decides what `site-packages` holds, this module's rules included."""
+    parts = [requirements.read_bytes(), python_version.encode(), machine.encode()]
+    parts += [Path(source).read_bytes() for source in (__file__, elf.__file__)]
+    return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
 def prepare_worker(out: Path, requirements: Path, python_version: str, machine: str) -> dict[str, int]:
-    """Fill `out` for the worker image; return the bytes of `site-packages` and `app`."""
+    """Fill `out` for the worker image; return the bytes of `site-packages` and `app`.
+
+    The wheels of an earlier run stay when nothing that decides about them has changed: a changed line of ours then
+    costs no download, and the engine finds the layer of the wheels in its cache.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    stamp = out / "site-packages.key"
+    key = wheels_key(requirements, python_version, machine)
+    fresh = stamp.is_file() and stamp.read_text() == key and (out / "site-packages").is_dir()
     # Built beside the target and renamed, so that an interrupted run never leaves half a context behind.
     with tempfile.TemporaryDirectory(dir=out, prefix=".partial-") as scratch:
-        packages = Path(scratch) / "site-packages"
-        install_wheels(requirements, packages, python_version, machine)
-        strip(packages)
+        if not fresh:
+            packages = Path(scratch) / "site-packages"
+            install_wheels(requirements, packages, python_version, machine)
+            strip(packages)
+            stamp.unlink(missing_ok=True)
+            publish(out, [packages])
+            stamp.write_text(key)
         application = Path(scratch) / "app"
         copy_application(PACKAGE_ROOT, application / PACKAGE_ROOT.name)
-        return publish(out, [packages, application])
+        sizes = publish(out, [application])
+    return sizes | {"site-packages": tree_bytes(out / "site-packages")}
 
 
 def prepare_binaries(out: Path, debs: Sequence[str], files: Sequence[str]) -> dict[str, int]:

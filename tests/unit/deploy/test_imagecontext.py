@@ -17,7 +17,7 @@ def libraries_of_this_python() -> list[Path]:
     """Real ELF files: the interpreter and what it is linked with."""
     maps = Path("/proc/self/maps").read_text().splitlines()
     files = {Path(line.split()[-1]) for line in maps if ".so" in line and line.split()[-1].startswith("/")}
-    return sorted(files) + [Path(sys.executable).resolve()]
+    return [*sorted(files), Path(sys.executable).resolve()]
 
 
 def test_needed_names_the_c_library() -> None:
@@ -127,4 +127,27 @@ def test_sizes_are_printed_as_json(
     printed = json.loads(capsys.readouterr().out)
     assert printed["bytes"]["site-packages"] == 5
     assert printed["bytes"]["app"] > 1000
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["app", "site-packages"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["app", "site-packages", "site-packages.key"]
+
+
+def test_wheels_stay_until_something_that_decides_about_them_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed: list[str] = []
+
+    def fake(requirements: Path, target: Path, python_version: str, machine: str) -> None:
+        installed.append(python_version)
+        target.mkdir()
+
+    monkeypatch.setattr(imagecontext, "install_wheels", fake)
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text("a==1\n")
+    out = tmp_path / "out"
+    for version in ("3.11", "3.11", "3.13"):
+        imagecontext.prepare_worker(out, requirements, version, "x86_64")
+    assert installed == ["3.11", "3.13"]
+    requirements.write_text("a==2\n")
+    imagecontext.prepare_worker(out, requirements, "3.13", "x86_64")
+    (out / "site-packages").rmdir()
+    imagecontext.prepare_worker(out, requirements, "3.13", "x86_64")
+    assert len(installed) == 4
