@@ -41,14 +41,12 @@ def controller_serves(groups: Mapping[str, Sequence[str]], hostvars: Any) -> boo
 
 
 def connections(hosts: Sequence[str], hostvars: Any) -> dict[str, dict[str, str]]:
-    """How testinfra reaches each host."""
-    return {
-        host: {
-            "address": topology.host_address(host, hostvars[host]),
-            "connection": str(hostvars[host].get("ansible_connection") or "ssh"),
-        }
-        for host in hosts
-    }
+    keys = ("connection", "host", "user", "port", "ssh_private_key_file")
+    found = {}
+    for host in hosts:
+        known = {f"ansible_{key}": hostvars[host].get(f"ansible_{key}") for key in keys}
+        found[host] = {key: str(value) for key, value in known.items() if value is not None}
+    return found
 
 
 def status(deployment: Any, hostvars: Any) -> list[str]:

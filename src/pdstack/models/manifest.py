@@ -1,16 +1,21 @@
 """`pdstack-model.json`: where a model came from and the SHA-256 of each of its files.
 
 Written last and into place by rename, so that a directory with one is complete.
+
+    python3 manifest.py quick|full DIRECTORY     quick compares names and sizes, full also the contents
+
+Standard library only, and in one file: the playbooks feed it to the python3 of a host to check what is there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NAME", "manifest_problems", "write_manifest"]
+__all__ = ["NAME", "main", "manifest_problems", "write_manifest"]
 
 NAME = "pdstack-model.json"
 
@@ -50,3 +55,20 @@ def manifest_problems(directory: Path, *, full: bool) -> list[str]:
         elif full and (found := digest(path)) != wanted["sha256"]:
             problems.append(f"{path}: found sha256 {found}, wanted {wanted['sha256']}")
     return problems
+
+
+def main(arguments: list[str]) -> int:
+    """Command line; 0 when the directory is what its manifest says, 1 with what differs on stderr."""
+    depth, directory = arguments
+    problems = manifest_problems(Path(directory), full=depth == "full")
+    if problems:
+        found = "\n           ".join(problems)
+        sys.stderr.write(
+            f"The model is not what was made.\n   found:  {found}\n   wanted: the files that {NAME} names\n"
+            f"   fix:    delete {directory} and deploy again\n"
+        )
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
