@@ -270,9 +270,7 @@ class LlamaModel:
                 groups.append(_group(members[first : first + most], tiles, block_size))
         return groups, spans, last
 
-    def _attend_group(
-        self, group: _Group, queries: Array, flat: Array, row: int, out: Array, block_size: int
-    ) -> None:
+    def _attend_group(self, group: _Group, queries: Array, flat: Array, row: int, out: Array, block_size: int) -> None:
         cfg = self.config
         count, blocks = group.table.shape
         length = blocks * block_size

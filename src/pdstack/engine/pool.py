@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from pdstack.engine.config import EngineError, KvEvent
 
-__all__ = ["BlockPool", "PoolExhausted", "block_hash", "new_pool_array"]
+__all__ = ["BlockPool", "PoolExhausted", "block_hash", "merged", "new_pool_array"]
 
 
 class PoolExhausted(EngineError):
@@ -50,6 +50,23 @@ def new_pool_array(
     size = int(np.prod(shape)) * 4
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(memory, dtype=np.float32).reshape(shape)
+
+
+def merged(events: Sequence[KvEvent]) -> list[KvEvent]:
+    """The same changes in fewer events: stored blocks that follow each other become one."""
+    found: list[KvEvent] = []
+    for event in events:
+        last = found[-1] if found else None
+        if last and event.kind == last.kind == "stored" and event.parent_hash == last.block_hashes[-1]:
+            found[-1] = KvEvent(
+                "stored",
+                last.block_hashes + event.block_hashes,
+                last.token_ids + event.token_ids,
+                last.parent_hash,
+            )
+        else:
+            found.append(event)
+    return found
 
 
 class BlockPool:

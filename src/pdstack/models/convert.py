@@ -31,7 +31,7 @@ class SourceError(RuntimeError):
 
 
 def copy_checked(source: Path, directory: Path, origin: dict[str, str]) -> None:
-    """Check the model in `source` and copy what serving needs into `directory`. Same file system: hard links."""
+    """Check the model in `source` and copy what serving needs into `directory`."""
     check.check_directory(source)
     for path in check.served_files(source):
         target = directory / path.name
@@ -69,7 +69,9 @@ def from_hub(reference: str, directory: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; 0 when the directory is complete, 1 with the reason on stderr when it is not."""
     parser = argparse.ArgumentParser(
-        prog="python -m pdstack.models.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m pdstack.models.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     for kind, argument in (("package", "wheel"), ("path", "source"), ("hub", "reference"), ("tiny", None)):

@@ -110,9 +110,7 @@ def convert_gguf(path: Path, directory: Path) -> None:
             "vocab_size": field("llama.vocab_size"),
         },
     )
-    write_json(
-        directory / "generation_config.json", {"bos_token_id": bos, "eos_token_id": [eos], "pad_token_id": pad}
-    )
+    write_json(directory / "generation_config.json", {"bos_token_id": bos, "eos_token_id": [eos], "pad_token_id": pad})
     words: list[str] = field("tokenizer.ggml.tokens")
     special = {
         word: index
