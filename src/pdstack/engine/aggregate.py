@@ -3,7 +3,7 @@
     python -m pdstack.engine.aggregate --model DIR [--requests FILE] [--settings JSON] [--out FILE]
 
 Input: {"requests": [{"token_ids": [...], "max_tokens": 16, "ignore_eos": true, ...}]}, other keys being those of
-SamplingParams; or {"text": "..."} instead of token_ids, which needs the tokenizers package. Greedy unless told otherwise.
+SamplingParams; or {"text": "..."} instead of token_ids, which needs the tokenizers package. Greedy by default.
 Without --requests it reads stdin, without --out it writes one line to stdout:
 {"results": [{"token_ids": [...], "finish_reason": "length"}], "stats": {...}}.
 """

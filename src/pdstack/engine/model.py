@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,8 @@ Ints = npt.NDArray[np.int64]
 
 KV_ORDER = "k-dim-token,v-token-dim"
 """How a block is filled: keys (kv_heads, head_dim, block_size), values (block_size, kv_heads, head_dim)."""
+
+_ONE = np.float32(1.0)
 
 _GATHER_TOKENS = 4096
 """Most keys gathered at once for decode attention; keeps the copies inside the processor's caches."""
@@ -170,7 +173,8 @@ class LlamaModel:
 
     def _normed(self, x: Array, weight: Array) -> Array:
         mean = np.add.reduce(x * x, axis=0) / np.float32(x.shape[0])
-        return x * (np.float32(1.0) / np.sqrt(mean + np.float32(self.config.norm_eps))) * weight
+        normed: Array = x * (_ONE / np.sqrt(mean + np.float32(self.config.norm_eps))) * weight
+        return normed
 
     def forward(self, segments: Sequence[Segment], pool: Array) -> Array:
         """Compute `segments`, write their KV into `pool`, and return logits (vocabulary, segments that want them).
@@ -220,7 +224,9 @@ class LlamaModel:
                 x += self._times(layer.o, attended[:rows_q])
                 gate_up = self._all_times(layer.gate_up, self._normed(x, layer.mlp_norm))
                 gate, up = gate_up[: cfg.intermediate], gate_up[cfg.intermediate :]
-                x += self._times(layer.down, gate / (np.float32(1.0) + np.exp(-gate)) * up)
+                decay: Array = np.exp(-gate, dtype=np.float32)
+                activated: Array = gate / (_ONE + decay) * up
+                x += self._times(layer.down, activated)
         if not last:
             return np.empty((cfg.vocab_size, 0), dtype=np.float32)
         # Normalised at full width: a reduction over few columns may run in another order.
@@ -279,9 +285,8 @@ class LlamaModel:
         per_kv = q.shape[2]
         rows = group.table * (2 * cfg.layers) + row
         keys = flat.take(rows, axis=0, mode="clip").reshape(count, blocks, cfg.kv_heads, cfg.head_dim, block_size)
-        scores = np.empty((count, cfg.kv_heads, per_kv, blocks, block_size), dtype=np.float32)
-        np.copyto(scores, np.matmul(q[:, None], keys).transpose(0, 2, 3, 1, 4))
-        scores = scores.reshape(count, cfg.kv_heads, per_kv, length)
+        by_block = np.matmul(q[:, None], keys).transpose(0, 2, 3, 1, 4)
+        scores: Array = np.ascontiguousarray(by_block).reshape(count, cfg.kv_heads, per_kv, length)
         scores += group.bias[:, None, None]
         scores -= scores.max(axis=-1, keepdims=True)
         np.exp(scores, out=scores)
@@ -326,21 +331,22 @@ class LlamaModel:
 
 
 def _as_one(parts: list[Array]) -> Array | None:
-    """One matrix over parts that follow each other in the same mapped file, or None."""
+    """One matrix over parts that follow each other in memory, or None. No copy."""
     first = parts[0]
     address = first.ctypes.data
-    base = first.base
-    while isinstance(base, np.ndarray) and base.base is not None and isinstance(base.base, np.ndarray):
-        base = base.base
     for part in parts:
-        if part.ctypes.data != address or not isinstance(base, np.ndarray):
+        # Only mapped files: freshly allocated arrays may be neighbours by chance, and are freed one by one.
+        if part.ctypes.data != address or part.flags.owndata or part.flags.writeable:
             return None
         address += part.nbytes
+    base: Any = first
+    while isinstance(base.base, np.ndarray):
+        base = base.base
     start = first.ctypes.data - base.ctypes.data
-    if start < 0 or address > base.ctypes.data + base.nbytes or base.dtype != np.uint8:
+    if address > base.ctypes.data + base.nbytes:
         return None
-    rows = sum(part.shape[0] for part in parts)
-    return base[start : start + sum(p.nbytes for p in parts)].view(np.float32).reshape(rows, first.shape[1])
+    whole: Array = base.view(np.uint8)[start : start + sum(part.nbytes for part in parts)].view(np.float32)
+    return whole.reshape(-1, first.shape[1])
 
 
 def _at_least_two(q: Array) -> Array:

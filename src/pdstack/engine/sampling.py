@@ -30,7 +30,8 @@ def greedy(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     """
     vocabulary, columns = logits.shape
     if vocabulary % _BLOCK:
-        return logits.argmax(axis=0)
+        whole: npt.NDArray[np.int64] = logits.argmax(axis=0)
+        return whole
     blocks = logits.reshape(-1, _BLOCK, columns)
     best = blocks.max(axis=1).argmax(axis=0)
     within = blocks[best, :, np.arange(columns)].argmax(axis=1)

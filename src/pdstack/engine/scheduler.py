@@ -1,8 +1,8 @@
 """Who gets blocks, and what is computed next. Plain state without threads or clocks.
 
 A sequence waits (first come, first served) until a slot and all blocks it can ever need are free; so once admitted it
-never waits for memory again, and nothing is ever preempted. Every step computes one token for each decoding sequence and
-up to `prefill_chunk` tokens of prompts, in turn, so that a long prompt delays the others by one chunk at a time.
+never waits for memory again, and nothing is ever preempted. Every step computes one token for each decoding sequence
+and up to `prefill_chunk` tokens of prompts, in turn: a long prompt delays the others by one chunk at a time.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     python -m pdstack.models.convert hub REPO[@REVISION] DIR   the same from the Hugging Face Hub
     python -m pdstack.models.convert tiny DIR              a tiny random model, for tests
 
-`package` needs the gguf package, `hub` needs huggingface_hub. The manifest `pdstack-model.json` is written last. DIR must
-be missing, empty, or left by a run that did not end.
+`package` needs the gguf package, `hub` needs huggingface_hub. The manifest `pdstack-model.json` is written last. DIR
+must be missing, empty, or left by a run that did not end.
 """
 
 from __future__ import annotations
