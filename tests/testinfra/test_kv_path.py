@@ -127,7 +127,8 @@ def reference(
     cache = state_dir / "reference" / f"{proof.reference_key(deployment, requests)}.json"
     if cache.is_file():
         return json.loads(cache.read_text()), True
-    path, settings = deployment["model"]["path"], deployment["engine_settings"]
+    path, settings = deployment["model"]["path"], dict(deployment["engine_settings"])
+    settings.pop("default_max_tokens", None)  # the worker's, not the engine's: every request here says its own
     payload = base64.b64encode(gzip.compress(json.dumps({"requests": requests}).encode())).decode()
     command = [
         "docker", "run", "--rm", "--interactive", "--network", "none", "--read-only", "--tmpfs", "/tmp",
