@@ -19,16 +19,22 @@ async def main() -> dict[str, Any]:
     runtime = DistributedRuntime(asyncio.get_running_loop(), "etcd", False)
     client = await runtime.namespace(sys.argv[1]).component(sys.argv[2]).endpoint("generate").client()
     await client.wait_for_instances()
-    items: list[Any] = []
-    error = None
-    try:
-        context = Context(request.pop("request_id"))
-        stream = await client.direct(request, client.instance_ids()[0], annotated=False, context=context)
-        async for item in stream:
-            items.append(item)
-    except Exception as problem:
-        error = str(problem)
-    return {"items": items, "error": error}
+    request_id = request.pop("request_id")
+    while True:
+        items: list[Any] = []
+        try:
+            stream = await client.direct(
+                request, client.instance_ids()[0], annotated=False, context=Context(request_id)
+            )
+            async for item in stream:
+                items.append(item)
+        except Exception as problem:
+            # A fresh client lists an instance a moment before it can call it.
+            if "not found for endpoint" in str(problem):
+                await asyncio.sleep(0.02)
+                continue
+            return {"items": items, "error": str(problem)}
+        return {"items": items, "error": None}
 
 
 result = asyncio.run(main())

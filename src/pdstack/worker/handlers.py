@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from pdstack.engine import ContextTooLong, Engine, Overloaded, Request
-from pdstack.transfer import Ticket, TicketError, TransferAgent, TransferError
+from pdstack.transfer import ReleaseReason, Ticket, TicketError, TransferAgent, TransferError
 from pdstack.worker.jobs import Cancelled, Job, Jobs
 from pdstack.worker.requests import BadRequest, engine_request
 
@@ -63,16 +63,18 @@ class PrefillHandler(Handler):
         if job.cancelled:
             self.engine.release(job.key)
             raise Cancelled
-        ticket = self.agent.export(
-            job.key, result.blocks, result.tokens, result.first_token, lambda key, _: self.engine.release(key)
-        )
+        ticket = self.agent.export(job.key, result.blocks, result.tokens, result.first_token, self._released)
         job.details = {
             "cached_tokens": result.cached_tokens,
             "blocks": len(result.blocks),
+            "queue_seconds": round(result.queue_seconds, 6),
             "prefill_seconds": round(result.seconds, 6),
         }
         item = {PARAMETERS: {KV_PARAMETERS: ticket.to_wire()}}
         job.give([result.first_token], result.finish_reason or "length", **item)
+
+    def _released(self, key: str, _reason: ReleaseReason) -> None:
+        self.engine.release(key)
 
 
 class DecodeHandler(Handler):
@@ -120,6 +122,8 @@ class DecodeHandler(Handler):
         }
 
     def _unreserve_later(self, key: str, error: TransferError) -> None:
+        self.engine.quarantine(key)
+
         async def unreserve() -> None:
             await error.settled()
             self.engine.unreserve(key)

@@ -8,15 +8,15 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from pdstack.engine import KvEvent
-
 log = logging.getLogger(__name__)
 
 NO_LORA = 0
 
 
 class KvEvents:
-    """Publishes prefix cache changes. Hashes are signed 64-bit integers; a block holds exactly `block_size` tokens.
+    """The engine's KvEventSink: publishes prefix cache changes.
+
+    Hashes are signed 64-bit integers; a block holds exactly `block_size` tokens.
 
     What is held is remembered, because every new registration is a new worker to the router, which starts empty.
     Methods may be called from any thread.
@@ -42,13 +42,6 @@ class KvEvents:
             self._publisher = KvEventPublisher(component=component, worker_id=worker_id, kv_block_size=self._block_size)
             for block_hash, (tokens, parent) in self._held.items():
                 self._publish_stored(tokens, [block_hash], parent)
-
-    def __call__(self, event: KvEvent) -> None:
-        """Take a change from the engine."""
-        if event.kind == "stored":
-            self.stored(event.token_ids, event.block_hashes, event.parent_hash)
-        else:
-            self.removed(event.block_hashes)
 
     def stored(self, token_ids: Sequence[int], block_hashes: Sequence[int], parent_hash: int | None) -> None:
         """Note blocks that follow each other: `token_ids` of all of them, one hash a block."""

@@ -66,6 +66,9 @@ class Engine:
     def unreserve(self, key: str) -> None:
         self.calls.append(f"unreserve {key}")
 
+    def quarantine(self, key: str) -> None:
+        self.calls.append(f"quarantine {key}")
+
     async def decode(self, request: Request, first_token: int) -> AsyncIterator[Step]:
         yield Step([first_token])
         if self.gate is not None:
@@ -216,10 +219,10 @@ def test_blocks_of_a_failed_fetch_wait_until_nothing_writes_into_them() -> None:
         with pytest.raises(TransferError, match="took too long"):
             await bench.run(make_ticket())
         await asyncio.sleep(0.01)
-        assert bench.engine.calls == ["reserve"], "the client knows, the blocks wait"
+        assert bench.engine.calls == ["reserve", "quarantine r#1"], "the client knows, the blocks wait"
         error.quarantine.set_result(None)
         await asyncio.sleep(0.01)
-        assert bench.engine.calls == ["reserve", "unreserve r#1"]
+        assert bench.engine.calls == ["reserve", "quarantine r#1", "unreserve r#1"]
 
     asyncio.run(scenario())
 
