@@ -20,30 +20,33 @@ created. A prompt's KV moves like this::
 
 What is guaranteed, and by what:
 
-*Only the right bytes are used.* The ticket carries the hash of the blocks; decode compares before it returns. Blocks that
-were reused, torn or corrupted give :class:`ChecksumMismatch`, never wrong tokens.
+*Only the right bytes are used.* The ticket carries the hash of the blocks; decode compares before it returns.
+Blocks that were reused, torn or corrupted give :class:`ChecksumMismatch`, never wrong tokens.
 
-*Blocks are not reused under a running read.* Prefill alone judges the deadline, by its own monotonic clock, and only when
-a reader asks to begin. A granted export is released by the reader's word or by the loss of its connection; a reader that
-lost its connection cannot succeed any more, because it fails the transfer (:mod:`pdstack.transfer.exports`).
+*Blocks are not reused under a running read.* Prefill alone judges the deadline, by its own monotonic clock, and
+only when a reader asks to begin. A granted export is released by the reader's word or by the loss of its
+connection; a reader that lost its connection cannot succeed any more, because it fails the transfer
+(:mod:`pdstack.transfer.exports`).
 
 *Nothing is written into decode's blocks after a failed fetch.* A backend's ``read`` ends only when that is certain,
-if need be by destroying the connection (UCX and NIXL cannot revoke a single read). If a fetch has to fail before that, its
-error says so: wait for ``error.settled()`` before the local blocks are used again.
+if need be by destroying the connection (UCX and NIXL cannot revoke a single read). If a fetch has to fail before
+that, its error says so: wait for ``error.settled()`` before the local blocks are used again.
 
-*Nobody else reads the pool.* A ticket alone opens nothing. The metadata with which memory can be read is given only to a
-peer that has proved the cluster key, and every control frame is signed in sequence (:mod:`pdstack.transfer.wire`).
-The KV bytes themselves are neither encrypted nor authenticated on the network by UCX: keep its ports private.
+*Nobody else reads the pool.* A ticket alone opens nothing. The metadata with which memory can be read is given only
+to a peer that has proved the cluster key, and every control frame is signed in sequence
+(:mod:`pdstack.transfer.wire`). The KV bytes themselves are neither encrypted nor authenticated on the network by
+UCX: keep its ports private.
 
-*Roles do not mix.* A prefill agent has no code to read with, a decode agent none to export with, down to the backends; the
-handshake refuses a peer of the wrong role.
+*Roles do not mix.* A prefill agent has no code to read with, a decode agent none to export with, down to the
+backends; the handshake refuses a peer of the wrong role.
 
-*What carries the bytes is known.* UCX reports which transport it chose for the READ; it is parsed from UCX's own log, per
-peer, and appears in every report, metric and in the log (:mod:`pdstack.transfer.transport`).
+*What carries the bytes is known.* UCX reports which transport it chose for the READ; it is parsed from UCX's own
+log, per peer, and appears in every report, metric and in the log (:mod:`pdstack.transfer.transport`).
 
-Where things are: `agent` (the common surface), `prefill` and `decode` (the two roles), `exports` (prefill's state machine),
-`ticket`, `wire` (frames and handshake on bytes), `channel` (the same on sockets), `layout` (pool, fingerprint, plans),
-`checksum`, `backends` (ucx, nixl), `transport`, `config`, `metrics`, `limit` (memcpy, the yardstick).
+Where things are: `agent` (the common surface), `prefill` and `decode` (the two roles), `exports` (prefill's state
+machine), `ticket`, `wire` (frames and handshake on bytes), `channel` (the same on sockets), `layout` (pool,
+fingerprint, plans), `checksum`, `backends` (ucx, nixl), `transport`, `config`, `metrics`, `limit` (memcpy, the
+yardstick).
 """
 
 from __future__ import annotations

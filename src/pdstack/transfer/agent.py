@@ -123,16 +123,16 @@ class TransferAgent(ABC):
         then they must not change. Raises ValueError for blocks outside the pool, :class:`TransferError` (code
         ``duplicate``) if this request id is exported now.
         """
-        raise self._wrong_role("export")
+        raise self._wrong_role("export", request_id, blocks, tokens, first_token, on_release)
 
     async def withdraw(self, request_id: str) -> bool:
         """Prefill only: take an offer back. False if there is none, or if it is being read: then the end of the read
         releases it."""
-        raise self._wrong_role("withdraw an export")
+        raise self._wrong_role("withdraw an export", request_id)
 
     async def drain(self, timeout_s: float) -> bool:
         """Prefill only: wait until nothing is exported; False if that took longer than `timeout_s`."""
-        raise self._wrong_role("drain exports")
+        raise self._wrong_role("drain exports", timeout_s)
 
     async def fetch(self, ticket: Ticket, local_blocks: Sequence[int]) -> TransferReport:
         """Decode only: read the ticket's blocks into `local_blocks` and verify them.
@@ -140,12 +140,12 @@ class TransferAgent(ABC):
         Returns only if every byte is what prefill exported. Raises a :class:`TransferError`; its `settled()` says when
         the local blocks may be reused. If the calling task is cancelled, the cancellation is delivered once they may.
         """
-        raise self._wrong_role("fetch")
+        raise self._wrong_role("fetch", ticket, local_blocks)
 
     async def discard(self, ticket: Ticket) -> None:
-        """Decode only: tell prefill that nothing will be read. Never raises for an unreachable peer: a deadline exists."""
-        raise self._wrong_role("discard a ticket")
+        """Decode only: tell prefill that nothing will be read. An unreachable peer is no error: a deadline exists."""
+        raise self._wrong_role("discard a ticket", ticket)
 
-    def _wrong_role(self, work: str) -> RoleError:
+    def _wrong_role(self, work: str, *_unused: object) -> RoleError:
         other = Role.DECODE if self.role is Role.PREFILL else Role.PREFILL
         return RoleError(f"agent {self.name!r} is a {self.role} agent and cannot {work}; that is {other}'s work")

@@ -170,6 +170,7 @@ class DecodeAgent(TransferAgent):
     _importer: Importer
 
     async def start(self) -> None:
+        """See :class:`TransferAgent`."""
         self._links: dict[tuple[str, int], _Link] = {}
         self._locks: dict[tuple[str, int], asyncio.Lock] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -179,6 +180,7 @@ class DecodeAgent(TransferAgent):
         _log.info("decode agent %s imports KV over %s", self.name, self.config.backend)
 
     async def fetch(self, ticket: Ticket, local_blocks: Sequence[int]) -> TransferReport:
+        """See :class:`TransferAgent`."""
         started = time.perf_counter()
         try:
             check_blocks(local_blocks, self.layout.num_blocks, "local")
@@ -213,6 +215,7 @@ class DecodeAgent(TransferAgent):
         await asyncio.to_thread(parked.peer.close)
 
     async def discard(self, ticket: Ticket) -> None:
+        """See :class:`TransferAgent`."""
         try:
             self._check(ticket)
             link = await self._link(ticket)
@@ -402,6 +405,7 @@ class DecodeAgent(TransferAgent):
         )
 
     async def close(self) -> None:
+        """See :class:`TransferAgent`."""
         for link in list(self._links.values()):
             await link.close()
         if self._closing:
@@ -411,6 +415,7 @@ class DecodeAgent(TransferAgent):
         await asyncio.to_thread(self._importer.close)
 
     def stats(self) -> dict[str, Any]:
+        """Totals since the start, and the prefill workers connected now with the transports used."""
         return {
             "role": self.role.value,
             "name": self.name,

@@ -39,7 +39,7 @@ class TicketError(TransferError):
 
 
 class Refused(TicketError):
-    """The prefill agent refused; `code` is its reason: expired, replayed, unknown, forged and so on. Nothing was read."""
+    """The prefill agent refused; `code` says why: expired, replayed, unknown, forged, ... Nothing was read."""
 
     code = "refused"
 

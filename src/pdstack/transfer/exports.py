@@ -97,7 +97,7 @@ class ExportBook:
         return True
 
     def lost(self, holder: object) -> None:
-        """The connection of `holder` is gone. Its reads may run on, but it cannot deliver them: it will report failure."""
+        """The connection of `holder` is gone. Its reads may run on, but it will report them as failed."""
         for export in [export for export in self._held.values() if export.holder is holder]:
             self._release(export, ReleaseReason.PEER_LOST)
 

@@ -116,7 +116,7 @@ def check_pool(layout: KVLayout, pool: npt.NDArray[np.generic]) -> PoolView:
 
 
 def allocate_pool(layout: KVLayout) -> npt.NDArray[np.generic]:
-    """A zeroed pool of `layout.shape`, untouched (no memory is used until it is written), in huge pages if the kernel may.
+    """A zeroed pool of `layout.shape`, in huge pages if the kernel may; no memory is used until it is written.
 
     Huge pages on the side that is read make same-host READs 1.3 to 1.8 times as fast: process_vm_readv pins the peer's
     pages one by one.

@@ -34,6 +34,7 @@ class PrefillAgent(TransferAgent):
     _server: asyncio.Server
 
     async def start(self) -> None:
+        """See :class:`TransferAgent`."""
         loop = asyncio.get_running_loop()
         self._book = ExportBook(loop.time)
         self._timer: asyncio.TimerHandle | None = None
@@ -54,6 +55,7 @@ class PrefillAgent(TransferAgent):
     def export(
         self, request_id: str, blocks: Sequence[int], tokens: int, first_token: int, on_release: OnRelease
     ) -> Ticket:
+        """See :class:`TransferAgent`."""
         self._book.check_new(request_id)
         check_blocks(blocks, self.layout.num_blocks, "exported")
         if not 0 < tokens <= len(blocks) * self.layout.block_size:
@@ -88,11 +90,13 @@ class PrefillAgent(TransferAgent):
         return ticket
 
     async def withdraw(self, request_id: str) -> bool:
+        """See :class:`TransferAgent`."""
         withdrawn = self._book.withdraw(request_id)
         self._changed()
         return withdrawn
 
     async def drain(self, timeout_s: float) -> bool:
+        """See :class:`TransferAgent`."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
@@ -213,6 +217,7 @@ class PrefillAgent(TransferAgent):
         return ticket
 
     async def close(self) -> None:
+        """See :class:`TransferAgent`."""
         self._server.close()
         for task in list(self._tasks):
             task.cancel()
@@ -223,6 +228,7 @@ class PrefillAgent(TransferAgent):
         self._book.close()
 
     def stats(self) -> dict[str, Any]:
+        """Exports held now by state, and the decode workers connected."""
         offered, granted = self._book.counts()
         return {
             "role": self.role.value,

@@ -13,7 +13,7 @@ class Role(StrEnum):
 
 
 class ReleaseReason(StrEnum):
-    """Why exported blocks may be reused. In every case no read of them is running any more that anyone would believe."""
+    """Why exported blocks may be reused. In no case is a read of them running whose result would still be used."""
 
     READ = "read"  # decode has read them, checked them, and said so
     FAILED = "failed"  # decode said that its read failed

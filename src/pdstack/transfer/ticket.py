@@ -25,7 +25,7 @@ MAX_TEXT = 512
 
 @dataclass(frozen=True)
 class Ticket:
-    """One export. Times are seconds since the epoch by prefill's clock and informative: prefill judges by its own timer."""
+    """One export. Times are seconds since the epoch, for people: prefill judges the deadline by a monotonic clock."""
 
     request_id: str
     worker: str
@@ -62,7 +62,7 @@ class Ticket:
         known = {field.name: str(field.type) for field in fields(cls)}
         if wire.get("version") != VERSION:
             raise TicketError(
-                f"ticket version {_show(wire.get('version'))}, wanted {VERSION}: run one pdstack version on all workers",
+                f"ticket version {_show(wire.get('version'))}, wanted {VERSION}: run one pdstack everywhere",
                 code="version",
             )
         if unknown := sorted(str(key) for key in wire.keys() - known.keys()):
@@ -88,13 +88,14 @@ def verify(ticket: Ticket, key: ClusterKey, *, audience: str, layout: str) -> No
     """Check what a decode agent can check alone: MAC, audience, layout. Raises :class:`TicketError`."""
     if not hmac.compare_digest(ticket.mac.encode(), _mac(ticket, key).encode()):
         raise TicketError(
-            f"ticket of request {_show(ticket.request_id)} is not signed with this cluster's key: it is forged, altered, "
-            "or the workers have different keys",
+            f"ticket of request {_show(ticket.request_id)} is not signed with this cluster's key: it is forged, "
+            "altered, or the workers have different keys",
             code="forged",
         )
     if ticket.audience != audience:
         raise TicketError(
-            f"ticket of request {_show(ticket.request_id)} is for {_show(ticket.audience)}, this worker is {audience!r}",
+            f"ticket of request {_show(ticket.request_id)} is for {_show(ticket.audience)}, "
+            f"this worker is {audience!r}",
             code="audience",
         )
     if ticket.layout != layout:

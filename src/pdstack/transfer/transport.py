@@ -1,9 +1,10 @@
 """Which transport UCX really uses, read from what UCX itself says.
 
-With ``UCX_PROTO_INFO=y`` UCX logs a table per connection and operation when it chooses protocols. The log is sent to an
-anonymous file in memory (no writable directory needed), from which the tables are parsed and every other line of warning
-or worse is passed on to Python's logging. Both backends name their UCX contexts, one per peer, so a table belongs to
-exactly one peer. UCX reads its environment once, when it is loaded: :meth:`UcxLog.of` must run before.
+With ``UCX_PROTO_INFO=y`` UCX logs a table per connection and operation when it chooses protocols. The log is sent
+to an anonymous file in memory (no writable directory needed), from which the tables are parsed and every other line
+of warning or worse is passed on to Python's logging. Both backends name their UCX contexts, one per peer, so a
+table belongs to exactly one peer. UCX reads its environment once, when it is loaded: :meth:`UcxLog.of` must run
+before.
 """
 
 from __future__ import annotations

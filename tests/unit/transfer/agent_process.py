@@ -1,4 +1,4 @@
-"""One end of a pair of real processes, driven over a pipe. Started by `transfer_pair.py`, never imported by the tests' process.
+"""One end of a pair of real processes, driven over a pipe. Started by `transfer_pair.py`, never imported by tests.
 
 The tests' own process loads no UCX: a backend reads its environment once, and each case needs another one.
 """

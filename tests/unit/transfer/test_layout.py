@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -42,13 +43,13 @@ def test_a_plan_copies_exactly_the_pairs_asked_for(pairs: tuple[list[int], list[
 @given(block_pairs())
 def test_a_plan_leaves_nothing_to_merge(pairs: tuple[list[int], list[int]]) -> None:
     runs = plan_runs(*pairs)
-    for left, right in zip(runs, runs[1:], strict=False):
+    for left, right in pairwise(runs):
         assert (left.remote + left.blocks, left.local + left.blocks) != (right.remote, right.local)
 
 
 @pytest.mark.parametrize(("remote", "local"), [([1], [1, 2]), ([1, 2], [3, 3])])
 def test_impossible_plans_are_refused(remote: list[int], local: list[int]) -> None:
-    with pytest.raises(ValueError, match="blocks|twice"):
+    with pytest.raises(ValueError, match=r"blocks|twice"):
         plan_runs(remote, local)
 
 

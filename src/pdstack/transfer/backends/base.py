@@ -19,8 +19,8 @@ BACKENDS = ("ucx", "nixl")
 
 # Reads in flight at a time where the peer's process is not involved.
 WINDOW = 256
-# Where it is, one: UCX (1.19 to 1.22) aborts the answering process if the reader's connection ends while further requests
-# of it wait to be answered, so one dying decode worker would take the prefill worker with it.
+# Where it is, one: UCX (1.19 to 1.22) aborts the answering process if the reader's connection ends while further
+# requests of it wait to be answered, so one dying decode worker would take the prefill worker with it.
 EMULATED_WINDOW = 1
 
 
@@ -50,7 +50,7 @@ class Peer(ABC):
         self._transports: dict[int, Transport] = {}
 
     def transport(self, nbytes: int) -> Transport:
-        """What carries a descriptor of `nbytes`; named "unknown" until UCX has said, which it does at the first read."""
+        """What carries a descriptor of `nbytes`; named "unknown" until UCX has said, at the first read."""
         known = self._transports.get(nbytes)
         if known is None:
             known = self._log.transport(self._name, nbytes)
@@ -75,11 +75,12 @@ class Peer(ABC):
     def read(self, runs: Sequence[Run]) -> None:
         """READ the runs from the peer's pool into ours.
 
-        The law every backend keeps: when this returns or raises, our blocks are not written any more, whatever the peer
-        or the network does later. Where hardware might still write, that takes closing the connection. Where the bytes
-        arrive as messages that only we can unpack, it is enough never to look again, and better: the peer may be frozen
-        with an answer half sent, and UCX would abort it at the end of the connection. Such a peer is left `parked`, to be
-        closed once the other side is seen to be well again, or gone. Raises :class:`ReadFailed`.
+        The law every backend keeps: when this returns or raises, our blocks are not written any more, whatever the
+        peer or the network does later. Where hardware might still write, that takes closing the connection. Where
+        the bytes arrive as messages that only we can unpack, it is enough never to look again, and better: the peer
+        may be frozen with an answer half sent, and UCX would abort it at the end of the connection. Such a peer is
+        left `parked`, to be closed once the other side is seen to be well again, or gone. Raises
+        :class:`ReadFailed`.
         """
 
     @abstractmethod

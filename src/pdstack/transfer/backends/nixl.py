@@ -1,7 +1,7 @@
 """Backend `nixl`: NIXL's READ through its UCX plugin (nixl-cu12 >= 1.4, no GPU and no torch needed).
 
-Exporter: one agent with NIXL's progress thread, which the Python wrapper makes spin (it sets ``pthrDelay`` to 0, one core
-per idle agent); 1000 us makes it sleep on its descriptors, and the wrapper has no parameter for it.
+Exporter: one agent with NIXL's progress thread, which the Python wrapper makes spin (it sets ``pthrDelay`` to 0,
+one core per idle agent); 1000 us makes it sleep on its descriptors, and the wrapper has no parameter for it.
 
 Importer: one agent *per peer* and no progress thread: the reading thread drives it. Releasing a NIXL transfer does not
 cancel it (a late answer still writes into the target); destroying the agent does.
@@ -19,6 +19,7 @@ import uuid
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def _load() -> Any:
     """Import NIXL's Python API once, with the progress thread made to sleep."""
     global _api
     if _api is None:
-        if "UCX_MODULES" not in os.environ and not os.path.isdir("/dev/infiniband"):
+        if "UCX_MODULES" not in os.environ and not Path("/dev/infiniband").is_dir():
             # The wheel's InfiniBand and EFA modules crash the interpreter at exit where the system has its own libnl.
             os.environ["UCX_MODULES"] = "^ib"
         try:
@@ -83,12 +84,15 @@ class NixlExporter(Exporter):
         self._metadata = json.dumps({"nixl": metadata, "base": pool.address}).encode()
 
     def metadata(self) -> bytes:
+        """NIXL's agent metadata and the pool's address, as JSON."""
         return self._metadata
 
     def tend(self) -> None:
+        """See the base class."""
         self._log.forward()
 
     def close(self) -> None:
+        """See the base class."""
         self._agent.deregister_memory(self._registered)
         self._agent = None
         gc.collect()
@@ -110,12 +114,14 @@ class NixlImporter(Importer):
         return f"{self._name}-{next(self._numbers)}"
 
     def connect(self, metadata: bytes) -> Peer:
+        """Connect with an agent made for this peer alone."""
         agent, self._spare = self._spare, None
         if agent is None:
             agent = _agent(self._next_name(), progress_thread=False)
         return NixlPeer(agent, self._pool, metadata, self._log)
 
     def close(self) -> None:
+        """See the base class."""
         self._spare = None
         gc.collect()
         self._log.forward()
@@ -142,6 +148,7 @@ class NixlPeer(Peer):
         return self._agent.get_xfer_descs(table, _MEMORY)
 
     def read(self, runs: Sequence[Run]) -> None:
+        """See the base class."""
         if self._agent is None or self.parked:
             raise ReadFailed("the NIXL connection to this peer is closed")
         try:
@@ -177,11 +184,13 @@ class NixlPeer(Peer):
         self._agent.release_xfer_handle(handle)
 
     def tend(self) -> None:
+        """See the base class."""
         if self._agent is not None and not self.parked:
             self._agent.get_new_notifs()
         self._log.forward()
 
     def close(self) -> None:
+        """See the base class."""
         self._handle = self._agent = None
         gc.collect()
         self._log.forward()

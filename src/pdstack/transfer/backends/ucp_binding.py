@@ -1,8 +1,9 @@
 """The part of libucp that a one-sided READ needs, as ctypes declarations and a few small owning classes.
 
-Bound by hand because no Python package exposes UCX's remote memory access: `ucxx` offers tag, stream and active messages
-only. The declarations follow `ucp/api/ucp.h` of UCX 1.19.0; UCX keeps this ABI across 1.x (fields are appended and every
-structure starts with a mask that says which fields the caller filled), and :func:`load` refuses another major version.
+Bound by hand because no Python package exposes UCX's remote memory access: `ucxx` offers tag, stream and active
+messages only. The declarations follow `ucp/api/ucp.h` of UCX 1.19.0; UCX keeps this ABI across 1.x (fields are
+appended and every structure starts with a mask that says which fields the caller filled), and :func:`load` refuses
+another major version.
 
 Every object here must be used by one thread at a time; :mod:`pdstack.transfer.backends.ucx` sees to that.
 """
@@ -228,7 +229,9 @@ def load() -> Library:
                 "and the system's libucp.so.0, found none. Install libucx-cu12."
             )
         # Keeps CMA among the transports of endpoints that report the death of their peer; see backends/ucx.py.
-        os.environ.setdefault("UCX_CMA_MEMORY_INVALIDATE", "y")
+        # Only where CMA can be chosen at all: UCX warns about settings that it does not use.
+        if not {"all", "cma", "sm", "shm"}.isdisjoint(os.environ.get("UCX_TLS", "all").split(",")):
+            os.environ.setdefault("UCX_CMA_MEMORY_INVALIDATE", "y")
         try:
             library = Library(path)
         except (OSError, AttributeError) as error:
@@ -258,6 +261,7 @@ class Context:
         self.handle = handle
 
     def close(self) -> None:
+        """Release it; safe to call twice."""
         if self.handle:
             self.library.lib.ucp_cleanup(self.handle)
             self.handle = c_void_p()
@@ -294,6 +298,7 @@ class Memory:
             library.lib.ucp_rkey_buffer_release(buffer)
 
     def close(self) -> None:
+        """Release it; safe to call twice."""
         if self.handle:
             self._context.library.lib.ucp_mem_unmap(self._context.handle, self.handle)
             self.handle = c_void_p()
@@ -342,6 +347,7 @@ class Worker:
         return True
 
     def close(self) -> None:
+        """Release it; safe to call twice."""
         if self.handle:
             self._library.lib.ucp_worker_destroy(self.handle)
             self.handle = c_void_p()

@@ -6,10 +6,10 @@ answered by this thread (software emulation), over CMA the kernel copies and nob
 Importer: a context and a worker *per peer*, driven by the thread that reads. UCX has no way to revoke one read whose
 answer may still come; destroying the worker revokes them all, and a peer of its own keeps that from hurting others.
 
-Endpoints use error mode "peer", so that the death of either side is an error there and not an abort of the process (mode
-"none" ends the surviving exporter with an assertion). In this mode UCX leaves out every transport that cannot invalidate
-registered memory; for CMA that is a matter of ``UCX_CMA_MEMORY_INVALIDATE=y``, without which two processes of one host
-would talk through TCP at a fifth of the speed (UCX 1.19.0 and 1.22.0).
+Endpoints use error mode "peer", so that the death of either side is an error there and not an abort of the process
+(mode "none" ends the surviving exporter with an assertion). In this mode UCX leaves out every transport that cannot
+invalidate registered memory; for CMA that is a matter of ``UCX_CMA_MEMORY_INVALIDATE=y``, without which two
+processes of one host would talk through TCP at a fifth of the speed (UCX 1.19.0 and 1.22.0).
 """
 
 from __future__ import annotations
@@ -66,9 +66,11 @@ class UcxExporter(Exporter):
         self._thread.start()
 
     def metadata(self) -> bytes:
+        """Worker address, remote key and the pool's address, as JSON."""
         return self._metadata
 
     def tend(self) -> None:
+        """See the base class."""
         self._log.forward()
 
     def _serve(self) -> None:
@@ -81,6 +83,7 @@ class UcxExporter(Exporter):
             _log.exception("the UCX progress thread ended: no KV can be read over transports that need it")
 
     def close(self) -> None:
+        """See the base class."""
         self._stop.set()
         self._thread.join()
         self._worker.close()
@@ -101,9 +104,11 @@ class UcxImporter(Importer):
         ucp.Context(ucp.load(), f"{name}/check").close()
 
     def connect(self, metadata: bytes) -> Peer:
+        """Connect with a context and a worker made for this peer alone."""
         return UcxPeer(f"{self._name}/{next(self._numbers)}", self._pool, metadata, self._log)
 
     def close(self) -> None:
+        """See the base class."""
         self._log.forward()
 
 
@@ -134,6 +139,7 @@ class UcxPeer(Peer):
             raise
 
     def read(self, runs: Sequence[Run]) -> None:
+        """See the base class."""
         endpoint = self._endpoint
         if endpoint is None or self.parked:
             raise ReadFailed("the UCX connection to this peer is closed")
@@ -168,11 +174,13 @@ class UcxPeer(Peer):
                 endpoint.finish(request)
 
     def tend(self) -> None:
+        """See the base class."""
         while self._endpoint is not None and not self.parked and self._worker.progress():
             pass
         self._log.forward()
 
     def close(self) -> None:
+        """See the base class."""
         # The endpoint is not closed by itself: destroying its worker does it, without waiting for the peer.
         if self._endpoint is not None:
             self._endpoint.forget(self._rkey)
