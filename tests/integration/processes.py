@@ -272,6 +272,8 @@ class Stack:
                 "cluster_key_file": str(key),
                 "listen": {"host": "127.0.0.1", "port": self.ports.take()},
                 "advertise": "127.0.0.1",
+                # Short, so that tests see the end of tickets that nobody took up.
+                "ticket_ttl_s": 5.0,
             }
         for section, values in changes.items():
             if isinstance(values, dict):
@@ -300,6 +302,14 @@ class Stack:
         payload = json.dumps({"model": self.model_name, **body})
         connection.request("POST", path, payload, {"Content-Type": "application/json"})
         return connection.getresponse()
+
+    def send_and_leave(self, body: dict[str, Any], seconds: float) -> None:
+        """Send a request and close the connection after `seconds` without reading."""
+        connection = http.client.HTTPConnection(self.url.removeprefix("http://"))
+        payload = json.dumps({"model": self.model_name, **body})
+        connection.request("POST", "/v1/completions", payload, {"Content-Type": "application/json"})
+        time.sleep(seconds)
+        connection.close()
 
     def complete(self, prompt: str | list[int], path: str = "/v1/completions", **options: Any) -> Completion:
         """One request, answered in one piece."""

@@ -57,7 +57,7 @@ def test_decode_killed_the_stream_goes_on_elsewhere(make_stack: MakeStack) -> No
 def test_last_decode_killed_then_restarted(make_stack: MakeStack) -> None:
     stack = make_stack()
     stack.start_frontend("--enforce-disagg")
-    prefill = stack.start_worker("prefill-0", "prefill", wait=False, transfer={"ticket_ttl_s": 3.0})
+    prefill = stack.start_worker("prefill-0", "prefill", wait=False)
     decode = stack.start_worker("decode-0", "decode")
     stack.wait_serving()
     expected = tokens(stack, stack.complete(prompt(64), max_tokens=8, ignore_eos=True))

@@ -122,6 +122,26 @@ def test_client_that_leaves_frees_its_blocks(stack: Stack) -> None:
     assert metrics["pdstack_requests_in_flight"] == 0
 
 
+def test_many_clients_that_leave_at_any_moment(stack: Stack) -> None:
+    def visit(number: int) -> None:
+        text = prompt(20 + 13 * number, salt=number)
+        if number % 3 == 0:
+            # Before there is an answer: while it waits, during prefill, or between prefill and decode.
+            stack.send_and_leave({"prompt": text, "max_tokens": 200, "stream": True}, number * 0.002)
+            return
+        lines = stack.stream(text, max_tokens=200, ignore_eos=True)
+        for _ in range(number % 7 + 1):
+            next(lines)
+        lines.close()
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(visit, range(60)))
+    wait_for("all blocks are free", lambda: pools_are_empty(stack), 10.0)
+    for worker in stack.workers.values():
+        assert worker.metrics()["pdstack_requests_in_flight"] == 0
+    assert tokens(stack, stack.complete(prompt(5), max_tokens=3, ignore_eos=True))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
