@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-
-from pdstack.engine import aggregate
 from tests.unit.engine.conftest import MakeEngine
 from tests.unit.engine.drive import greedy, prompt, tokens_of
+
+from pdstack.engine import aggregate
 
 
 def test_answers_come_in_the_order_of_the_requests(make_engine: MakeEngine, tiny: Path, tmp_path: Path) -> None:

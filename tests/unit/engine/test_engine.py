@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.unit.engine.conftest import MakeEngine
+from tests.unit.engine.drive import answer, greedy, hand_over, prompt, scribble, tokens_of, within
+from tests.unit.engine.plain import PlainModel
 
 from pdstack.engine import (
     ContextTooLong,
@@ -19,9 +22,6 @@ from pdstack.engine import (
     RequestCancelled,
     SamplingParams,
 )
-from tests.unit.engine.conftest import MakeEngine
-from tests.unit.engine.drive import answer, greedy, hand_over, prompt, scribble, tokens_of, within
-from tests.unit.engine.plain import PlainModel
 
 LENGTHS = [1, 2, 15, 16, 17, 60, 127, 128, 129, 300]
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.unit.engine.drive import prompt
+from tests.unit.engine.plain import PlainModel
 
 from pdstack.engine.blas import set_threads
 from pdstack.engine.model import LlamaModel, Segment
 from pdstack.engine.pool import new_pool_array
-from tests.unit.engine.drive import prompt
-from tests.unit.engine.plain import PlainModel
 
 
 @pytest.fixture(scope="module")
