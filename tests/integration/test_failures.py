@@ -110,6 +110,22 @@ def test_stopped_decode_finishes_its_streams(make_stack: MakeStack) -> None:
     assert set(answers) == {200}
 
 
+def test_draining_is_bounded(make_stack: MakeStack) -> None:
+    stack = make_stack()
+    stack.start_frontend("--enforce-disagg")
+    stack.start_worker("prefill-0", "prefill", wait=False)
+    decode = stack.start_worker("decode-0", "decode", drain_timeout_s=0.1, migration_limit=0)
+    stack.wait_serving()
+    lines = stack.stream(prompt(64), max_tokens=LONG, ignore_eos=True)
+    seen = [next(lines) for _ in range(5)]
+    decode.program.send(signal.SIGTERM)
+    seen += list(lines)
+    assert decode.program.wait() == 0
+    assert "are still in flight: cut" in decode.program.text()
+    print("client of a decode worker that ran out of time saw:", seen[-3:])
+    assert "event: error" in seen
+
+
 def test_stopped_prefill_leaves_cleanly(make_stack: MakeStack) -> None:
     stack = make_stack()
     stack.start_frontend("--enforce-disagg")

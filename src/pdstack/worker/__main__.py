@@ -13,8 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pdstack.transfer.errors import TransferError
 from pdstack.worker.config import ConfigError, WorkerConfig, load
 from pdstack.worker.dynamo_link import set_environment
+
+log = logging.getLogger("pdstack.worker")
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
@@ -38,8 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_environment(config.etcd_endpoints, config.nats_server)
     try:
         return asyncio.run(_run(config))
-    except Exception:
-        logging.getLogger(__name__).exception("worker %s cannot run", config.name)
+    except (OSError, ValueError, RuntimeError, TransferError) as error:
+        # Model, cluster key, backend or port: the text says all. The traceback is there with PDSTACK_LOG=DEBUG.
+        log.error("worker %s cannot run: %s: %s", config.name, type(error).__name__, error)
+        log.debug("traceback", exc_info=True)
         return EXIT_FAILED
 
 
