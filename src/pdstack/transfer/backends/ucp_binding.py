@@ -15,11 +15,13 @@ import ctypes.util
 import importlib.util
 import os
 from ctypes import (
+    CFUNCTYPE,
     POINTER,
     Structure,
     byref,
     c_char_p,
     c_int,
+    c_int8,
     c_size_t,
     c_uint,
     c_uint32,
@@ -30,6 +32,9 @@ from ctypes import (
 from pathlib import Path
 
 from pdstack.transfer.errors import BackendUnavailable, ReadFailed
+
+# ucs_status_t is a packed enum: one byte, and the rest of the register is undefined.
+_Status = c_int8
 
 UCS_OK = 0
 UCS_INPROGRESS = 1
@@ -50,6 +55,7 @@ _THREAD_SERIALIZED = 1
 
 _EP_REMOTE_ADDRESS = 1 << 0
 _EP_ERR_MODE = 1 << 1
+_EP_ERR_HANDLER = 1 << 2
 ERR_MODE_NONE = 0
 ERR_MODE_PEER = 1
 
@@ -100,8 +106,18 @@ class _SockAddr(Structure):
     _fields_ = (("addr", c_void_p), ("addrlen", c_uint32))
 
 
+_ErrorCallback = CFUNCTYPE(None, c_void_p, c_void_p, _Status)
+
+
 class _ErrorHandler(Structure):
-    _fields_ = (("cb", c_void_p), ("arg", c_void_p))
+    _fields_ = (("cb", _ErrorCallback), ("arg", c_void_p))
+
+
+def _endpoint_failed(_arg: int | None, _endpoint: int | None, _status: int) -> None:
+    """Nothing to do, the reads fail by themselves; but without a handler UCX takes a dead peer for fatal and aborts."""
+
+
+_endpoint_failed_callback = _ErrorCallback(_endpoint_failed)
 
 
 class _EndpointParams(Structure):
@@ -152,24 +168,24 @@ class _RequestParam(Structure):
 
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "ucp_get_version": (None, (POINTER(c_uint), POINTER(c_uint), POINTER(c_uint))),
-    "ucp_init_version": (c_int, (c_uint, c_uint, POINTER(_Params), c_void_p, POINTER(c_void_p))),
+    "ucp_init_version": (_Status, (c_uint, c_uint, POINTER(_Params), c_void_p, POINTER(c_void_p))),
     "ucp_cleanup": (None, (c_void_p,)),
-    "ucp_worker_create": (c_int, (c_void_p, POINTER(_WorkerParams), POINTER(c_void_p))),
+    "ucp_worker_create": (_Status, (c_void_p, POINTER(_WorkerParams), POINTER(c_void_p))),
     "ucp_worker_destroy": (None, (c_void_p,)),
-    "ucp_worker_get_address": (c_int, (c_void_p, POINTER(c_void_p), POINTER(c_size_t))),
+    "ucp_worker_get_address": (_Status, (c_void_p, POINTER(c_void_p), POINTER(c_size_t))),
     "ucp_worker_release_address": (None, (c_void_p, c_void_p)),
     "ucp_worker_progress": (c_uint, (c_void_p,)),
-    "ucp_worker_get_efd": (c_int, (c_void_p, POINTER(c_int))),
-    "ucp_worker_arm": (c_int, (c_void_p,)),
-    "ucp_ep_create": (c_int, (c_void_p, POINTER(_EndpointParams), POINTER(c_void_p))),
-    "ucp_ep_rkey_unpack": (c_int, (c_void_p, c_char_p, POINTER(c_void_p))),
-    "ucp_rkey_pack": (c_int, (c_void_p, c_void_p, POINTER(c_void_p), POINTER(c_size_t))),
+    "ucp_worker_get_efd": (_Status, (c_void_p, POINTER(c_int))),
+    "ucp_worker_arm": (_Status, (c_void_p,)),
+    "ucp_ep_create": (_Status, (c_void_p, POINTER(_EndpointParams), POINTER(c_void_p))),
+    "ucp_ep_rkey_unpack": (_Status, (c_void_p, c_char_p, POINTER(c_void_p))),
+    "ucp_rkey_pack": (_Status, (c_void_p, c_void_p, POINTER(c_void_p), POINTER(c_size_t))),
     "ucp_rkey_buffer_release": (None, (c_void_p,)),
     "ucp_rkey_destroy": (None, (c_void_p,)),
-    "ucp_mem_map": (c_int, (c_void_p, POINTER(_MapParams), POINTER(c_void_p))),
-    "ucp_mem_unmap": (c_int, (c_void_p, c_void_p)),
+    "ucp_mem_map": (_Status, (c_void_p, POINTER(_MapParams), POINTER(c_void_p))),
+    "ucp_mem_unmap": (_Status, (c_void_p, c_void_p)),
     "ucp_get_nbx": (c_void_p, (c_void_p, c_void_p, c_size_t, c_uint64, c_void_p, POINTER(_RequestParam))),
-    "ucp_request_check_status": (c_int, (c_void_p,)),
+    "ucp_request_check_status": (_Status, (c_void_p,)),
     "ucp_request_free": (None, (c_void_p,)),
 }
 
@@ -198,7 +214,7 @@ class Library:
         self.version = (major.value, minor.value, release.value)
         status_text = ctypes.CDLL(str(Path(path).with_name("libucs.so.0")) if "/" in path else "libucs.so.0")
         self._status_string = status_text.ucs_status_string
-        self._status_string.restype, self._status_string.argtypes = c_char_p, (c_int,)
+        self._status_string.restype, self._status_string.argtypes = c_char_p, (_Status,)
 
     def status_text(self, status: int) -> str:
         """UCX's words for a status code, e.g. ``Connection reset by remote peer``."""
@@ -360,9 +376,10 @@ class Endpoint:
         self._library = library
         self._address = ctypes.create_string_buffer(address, len(address))
         params = _EndpointParams(
-            field_mask=_EP_REMOTE_ADDRESS | _EP_ERR_MODE,
+            field_mask=_EP_REMOTE_ADDRESS | _EP_ERR_MODE | _EP_ERR_HANDLER,
             address=ctypes.addressof(self._address),
             err_mode=error_mode,
+            err_handler=_ErrorHandler(_endpoint_failed_callback, None),
         )
         handle = c_void_p()
         library.check(library.lib.ucp_ep_create(worker.handle, byref(params), byref(handle)), "connect to the peer")
