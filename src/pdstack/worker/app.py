@@ -34,6 +34,8 @@ EXIT_LOST = 1
 METRICS_PERIOD_S = 1.0
 # Of creating the runtime and registering, with etcd and NATS known to answer. A fresh process may do better.
 MOST_ATTEMPTS = 5
+# A step is a token for everybody and at most one chunk of a prompt: far below a second on any machine that is of use.
+LONGEST_STEP_S = 120.0
 # Dynamo revokes the lease in the background after shutdown(); a process that leaves earlier stays listed for 10 s.
 LINGER_S = 0.5
 
@@ -230,6 +232,8 @@ class Worker:
             found.append(self.stage)
         if self.engine is not None and not self.engine.alive:
             found.append("the engine's thread has ended")
+        if self.engine is not None and (seconds := self.engine.stats().step_running_s) > LONGEST_STEP_S:
+            found.append(f"one step of the engine has been running for {seconds:.0f} s")
         if self.link is not None and self.stage == "serving" and not self.link.listed():
             found.append("etcd does not list this instance")
         return found
