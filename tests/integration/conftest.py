@@ -37,6 +37,15 @@ def coordination(tmp_path_factory: pytest.TempPathFactory, ports: Ports) -> Iter
     coordination.stop()
 
 
+@pytest.fixture
+def own_coordination(tmp_path: Path, ports: Ports) -> Iterator[Coordination]:
+    """An etcd and a NATS server for one test, not started yet."""
+    coordination = Coordination(tmp_path / "coordination", ports)
+    coordination.prepare()
+    yield coordination
+    coordination.stop()
+
+
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pdstack.models.tiny import write_tiny_model

@@ -9,10 +9,9 @@ import json
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from tests.integration.conftest import MakeStack
-from tests.integration.processes import Coordination, Ports, Stack, wait_for
+from tests.integration.processes import Coordination, Stack, wait_for
 from tests.integration.test_serving import prompt, tokens
 
 LONG = 900
@@ -145,30 +144,22 @@ def test_stopped_prefill_leaves_cleanly(make_stack: MakeStack) -> None:
 
 
 def test_worker_waits_for_coordination_and_registers_again_when_its_lease_is_lost(
-    make_stack: MakeStack, tmp_path: Path, ports: Ports
+    own_coordination: Coordination, make_stack: MakeStack
 ) -> None:
-    own = Coordination(tmp_path / "coordination", ports)
-    own.prepare()
-    stack = make_stack(coordination=own)
+    stack = make_stack(coordination=own_coordination)
     worker = stack.start_worker("prefill-0", "prefill", wait=False)
     wait_for("the worker says what it waits for", lambda: "etcd does not answer" in str(worker.health()[1]))
     assert worker.health()[0] == 503
-    own.start()
+    own_coordination.start()
     wait_for("the worker is ready", worker.ready)
-    own.programs["etcd"].kill()
+    own_coordination.programs["etcd"].kill()
     wait_for("the worker misses etcd", lambda: worker.health()[0] == 503, 30.0)
-    own.start("etcd")
+    own_coordination.start("etcd")
     wait_for("the worker is ready again", worker.ready, 30.0)
     assert worker.metrics()["pdstack_registrations_lost_total"] == 1
-    own.programs["nats"].kill()
-    own.start("nats")
-    stack.stop()
-    own.stop()
 
 
-def test_stopped_while_waiting_for_coordination(make_stack: MakeStack, tmp_path: Path, ports: Ports) -> None:
-    own = Coordination(tmp_path / "coordination", ports)
-    own.prepare()
-    worker = make_stack(coordination=own).start_worker("decode-0", "decode", wait=False)
+def test_stopped_while_waiting_for_coordination(own_coordination: Coordination, make_stack: MakeStack) -> None:
+    worker = make_stack(coordination=own_coordination).start_worker("decode-0", "decode", wait=False)
     wait_for("the worker waits", lambda: worker.health()[0] == 503)
     assert worker.program.stop() == 0
