@@ -68,6 +68,8 @@ PROT_LOCAL_WRITE = 1 << 1
 PROT_REMOTE_READ = 1 << 8
 _MEMORY_HOST = 0
 
+_OP_FIELD_FLAGS = 1 << 4
+_CLOSE_FORCE = 1 << 0
 _OP_FIELD_MEMORY_TYPE = 1 << 6
 _OP_FIELD_MEMH = 1 << 8
 
@@ -106,6 +108,7 @@ class _SockAddr(Structure):
     _fields_ = (("addr", c_void_p), ("addrlen", c_uint32))
 
 
+RemoteKey = c_void_p
 _ErrorCallback = CFUNCTYPE(None, c_void_p, c_void_p, _Status)
 
 
@@ -178,6 +181,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "ucp_worker_get_efd": (_Status, (c_void_p, POINTER(c_int))),
     "ucp_worker_arm": (_Status, (c_void_p,)),
     "ucp_ep_create": (_Status, (c_void_p, POINTER(_EndpointParams), POINTER(c_void_p))),
+    "ucp_ep_close_nbx": (c_void_p, (c_void_p, POINTER(_RequestParam))),
     "ucp_ep_rkey_unpack": (_Status, (c_void_p, c_char_p, POINTER(c_void_p))),
     "ucp_rkey_pack": (_Status, (c_void_p, c_void_p, POINTER(c_void_p), POINTER(c_size_t))),
     "ucp_rkey_buffer_release": (None, (c_void_p,)),
@@ -370,7 +374,7 @@ class Worker:
 
 
 class Endpoint:
-    """A connection from `worker` to the worker behind `address`. It lives until its worker is closed."""
+    """A connection from `worker` to the worker behind `address`. It ends with its worker, if not closed before."""
 
     def __init__(self, worker: Worker, library: Library, address: bytes, error_mode: int) -> None:
         self._library = library
@@ -405,13 +409,22 @@ class Endpoint:
         param = _RequestParam(
             op_attr_mask=_OP_FIELD_MEMH | _OP_FIELD_MEMORY_TYPE, memory_type=_MEMORY_HOST, memh=memory.handle
         )
-        pointer = self._library.lib.ucp_get_nbx(self.handle, local, length, remote, rkey, byref(param))
+        return self._request(
+            self._library.lib.ucp_get_nbx(self.handle, local, length, remote, rkey, byref(param)), "start a read"
+        )
+
+    def close(self) -> int | None:
+        """Begin to close without asking the peer: reads in flight are cancelled. None if done, else a request."""
+        param = _RequestParam(op_attr_mask=_OP_FIELD_FLAGS, flags=_CLOSE_FORCE)
+        return self._request(self._library.lib.ucp_ep_close_nbx(self.handle, byref(param)), "close an endpoint")
+
+    def _request(self, pointer: int | None, what: str) -> int | None:
         if pointer is None:
             return None
         # A pointer in the last 100 addresses is a status, not a request.
         status = int(pointer) - (1 << 64)
         if _UCS_ERR_LAST <= status < 0:
-            self._library.check(status, "start a read")
+            self._library.check(status, what)
         return int(pointer)
 
     def status(self, request: int) -> int:

@@ -14,10 +14,12 @@ processes of one host would talk through TCP at a fifth of the speed (UCX 1.19.0
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import select
 import threading
+import time
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from itertools import count
@@ -31,6 +33,8 @@ from pdstack.transfer.transport import UcxLog
 _log = logging.getLogger(__name__)
 # How long a waiting thread sleeps at most before it looks whether it was told to stop.
 _WAKE_S = 0.25
+# How long the cancelled reads of a closing connection may take to end.
+_CLOSE_S = 1.0
 
 
 def _wait(worker: ucp.Worker, poller: select.poll, timeout_s: float) -> None:
@@ -130,7 +134,9 @@ class UcxPeer(Peer):
         self._worker = ucp.Worker(self._context)
         self._poller = select.poll()
         self._poller.register(self._worker.efd, select.POLLIN)
+        self._pending: set[int] = set()
         self._endpoint: ucp.Endpoint | None = None
+        self._rkey: ucp.RemoteKey | None = None
         try:
             self._endpoint = ucp.Endpoint(self._worker, library, address, ucp.ERR_MODE_PEER)
             self._rkey = self._endpoint.unpack_rkey(rkey)
@@ -141,9 +147,10 @@ class UcxPeer(Peer):
     def read(self, runs: Sequence[Run]) -> None:
         """See the base class."""
         endpoint = self._endpoint
-        if endpoint is None or self.parked:
+        rkey = self._rkey
+        if endpoint is None or rkey is None or self.parked:
             raise ReadFailed("the UCX connection to this peer is closed")
-        size, pending = self._pool.block_bytes, set[int]()
+        size, pending = self._pool.block_bytes, self._pending
         try:
             for run in runs:
                 while len(pending) >= self._window(run.blocks * size):
@@ -152,7 +159,7 @@ class UcxPeer(Peer):
                     self._pool.address + run.local * size,
                     run.blocks * size,
                     self._base + run.remote * size,
-                    self._rkey,
+                    rkey,
                     self._memory,
                 )
                 if request is not None:
@@ -181,11 +188,32 @@ class UcxPeer(Peer):
 
     def close(self) -> None:
         """See the base class."""
-        # The endpoint is not closed by itself: destroying its worker does it, without waiting for the peer.
-        if self._endpoint is not None:
-            self._endpoint.forget(self._rkey)
-        self._endpoint = None
+        endpoint, self._endpoint = self._endpoint, None
+        if endpoint is not None:
+            # A parked peer is not progressed any more, so its endpoint goes with its worker. Any other is closed first:
+            # UCX asserts that a worker has nothing in flight on transports like CMA.
+            if not self.parked:
+                self._close_endpoint(endpoint)
+            if self._rkey is not None:
+                endpoint.forget(self._rkey)
         self._worker.close()
         self._memory.close()
         self._context.close()
         self._log.forward()
+
+    def _close_endpoint(self, endpoint: ucp.Endpoint) -> None:
+        try:
+            closing = endpoint.close()
+        except ReadFailed as error:
+            _log.info("closing the UCX endpoint of a lost peer: %s", error)
+            closing = None
+        if closing is not None:
+            self._pending.add(closing)
+        limit = time.monotonic() + _CLOSE_S
+        while self._pending and time.monotonic() < limit:
+            _wait(self._worker, self._poller, _WAKE_S / 10)
+            for request in list(self._pending):
+                if endpoint.status(request) != ucp.UCS_INPROGRESS:
+                    self._pending.remove(request)
+                    with contextlib.suppress(ReadFailed):
+                        endpoint.finish(request)
