@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["padded_width", "probe_min_width", "set_threads"]
+__all__ = ["padded_width", "probe_min_width", "row_parts", "set_threads"]
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ _SETTERS = (
     "openblas_set_num_threads64_",
     "openblas_set_num_threads",
 )
+_SMALLEST_PART = 1 << 18  # elements: at 4 columns still beyond the small-matrix kernels
 _CANDIDATES = (4, 8, 16, 24, 32, 48, 64)
 
 
@@ -59,10 +60,19 @@ def _widths(minimum: int, largest: int) -> Iterable[int]:
     yield from range(-(-(minimum + 1) // 8) * 8, largest + 1, 8)
 
 
-def probe_min_width(weights: npt.NDArray[np.float32], largest: int) -> int | None:
+def row_parts(shape: tuple[int, ...], threads: int) -> list[slice]:
+    """Ranges of rows of weights (N, K) to compute on different threads: about two a thread, none too small to gain."""
+    rows, inner = shape
+    count = 1 if threads == 1 else min(2 * threads, max(1, rows * inner // _SMALLEST_PART))
+    step = -(-rows // (count * 16)) * 16
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def probe_min_width(weights: npt.NDArray[np.float32], largest: int, parts: list[slice]) -> int | None:
     """Smallest safe number of columns for `weights` (N, K), looking at all padded widths up to `largest`.
 
-    None if columns depend on their neighbours at every width tried: then tokens may depend on batching.
+    Safe: each part of the rows, at each width, gives the bits of the whole product at the largest width. None if no
+    width tried is: then tokens may depend on batching.
     """
     columns = np.random.RandomState(7).standard_normal((weights.shape[1], largest)).astype(np.float32)
     reference = weights @ columns
@@ -72,8 +82,8 @@ def probe_min_width(weights: npt.NDArray[np.float32], largest: int) -> int | Non
             break
         for width in _widths(minimum, largest):
             if width not in good:
-                part = weights @ np.ascontiguousarray(columns[:, :width])
-                good[width] = np.array_equal(part, reference[:, :width])
+                some = np.ascontiguousarray(columns[:, :width])
+                good[width] = all(np.array_equal(weights[part] @ some, reference[part, :width]) for part in parts)
             if not good[width]:
                 break
         else:

@@ -94,8 +94,8 @@ class Engine:
         Raises UnsupportedModel, WeightsError, EngineError.
         """
         config = config or EngineConfig()
-        set_threads(config.threads)
-        model = LlamaModel(Path(directory))
+        set_threads(1)  # our own threads divide the work: see pdstack.engine.team
+        model = LlamaModel(Path(directory), config.threads)
         require_context(model.config, config.max_context)
         model.prepare(config.max_context, config.max_batch + config.prefill_chunk)
         return cls(model, config)
@@ -128,6 +128,7 @@ class Engine:
             self._work.notify_all()
         if self._thread is not None:
             self._thread.join()
+        self.model.team.close()
         with self._lock:
             self._fail_all(EngineStopped("engine: it was stopped while the request was under way"))
             self._flush()

@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pdstack.engine.blas import padded_width, probe_min_width
+from pdstack.engine.blas import padded_width, probe_min_width, row_parts
 from pdstack.engine.config import ATTENTION_TILE, EngineError
+from pdstack.engine.team import Team
 from pdstack.models.check import check_tensors, model_id
 from pdstack.models.hf_config import ModelConfig
 from pdstack.models.weights import open_weights
@@ -95,9 +96,10 @@ class _Span:
 class LlamaModel:
     """Weights of one model and the arithmetic on them. `forward` must not run twice at the same time."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, threads: int = 1) -> None:
         """Map and check the weights of `directory`. Raises WeightsError or UnsupportedModel."""
         began = time.monotonic()
+        self.team = Team(threads)
         self.config = config = ModelConfig.load(directory)
         tensors = open_weights(directory)
         check_tensors(directory, config, tensors)
@@ -128,6 +130,7 @@ class LlamaModel:
         self._norm = take("model.norm.weight")[:, None]
         self._head = self._embedding if config.tied else take("lm_head.weight")
         self._min_width: dict[tuple[int, ...], int] = {}
+        self._parts: dict[tuple[int, ...], list[slice]] = {}
         self._by_block: dict[tuple[int, int], bool] = {}
         self._cos = np.empty((config.head_dim // 2, 0), dtype=np.float32)
         self._sin = self._cos
@@ -147,7 +150,8 @@ class LlamaModel:
         if weights.shape in self._min_width:
             weights.max()  # brings the pages in
             return True
-        width = probe_min_width(weights, max(padded_width(largest, 8), 16))
+        parts = self._parts[weights.shape] = row_parts(weights.shape, self.team.size)
+        width = probe_min_width(weights, max(padded_width(largest, 8), 16), parts)
         self._min_width[weights.shape] = 64 if width is None else width
         if width is None:
             log.warning("products with %s weights depend on their batch with this BLAS", weights.shape)
@@ -173,12 +177,20 @@ class LlamaModel:
 
     def _times(self, weights: Array, columns: Array) -> Array:
         width = columns.shape[1]
-        wanted = padded_width(width, self._min_width.get(weights.shape, 4))
-        if wanted == width:
-            return weights @ columns
-        padded = np.zeros((columns.shape[0], wanted), dtype=np.float32)
-        padded[:, :width] = columns
-        return (weights @ padded)[:, :width]
+        wanted = padded_width(width, self._min_width[weights.shape])
+        if wanted != width:
+            padded = np.zeros((columns.shape[0], wanted), dtype=np.float32)
+            padded[:, :width] = columns
+            columns = padded
+        result = np.empty((weights.shape[0], wanted), dtype=np.float32)
+        parts = self._parts[weights.shape]
+
+        def piece(number: int) -> None:
+            part = parts[number]
+            np.matmul(weights[part], columns, out=result[part])
+
+        self.team.run(piece, len(parts))
+        return result if wanted == width else result[:, :width]
 
     def _all_times(self, parts: list[Array], columns: Array) -> Array:
         if len(parts) == 1:
@@ -231,10 +243,7 @@ class LlamaModel:
                     qkv[rows_qk:, :real].reshape(cfg.kv_heads, cfg.head_dim, real).transpose(2, 0, 1)
                 )
                 queries = (turned[: cfg.heads] * scale).reshape(cfg.kv_heads, -1, cfg.head_dim, width)
-                for group in groups:
-                    self._attend_group(group, queries, flat, 2 * index, attended, block_size)
-                for span in spans:
-                    self._attend_span(span, queries, flat, 2 * index, attended, block_size)
+                self._attend(groups, spans, queries, flat, 2 * index, attended, block_size)
                 x += self._times(layer.o, attended[:rows_q])
                 gate_up = self._all_times(layer.gate_up, self._normed(x, layer.mlp_norm))
                 gate, up = gate_up[: cfg.intermediate], gate_up[cfg.intermediate :]
@@ -290,6 +299,28 @@ class LlamaModel:
                 groups.append(_group(members[first : first + most], tiles, block_size))
         return groups, spans, last
 
+    def _attend(
+        self,
+        groups: list[_Group],
+        spans: list[_Span],
+        queries: Array,
+        flat: Array,
+        row: int,
+        out: Array,
+        block_size: int,
+    ) -> None:
+        """Fill `out` (heads * head_dim, columns); each group and each kv head of a span is one piece of work."""
+        heads = self.config.kv_heads
+
+        def piece(number: int) -> None:
+            if number < len(groups):
+                self._attend_group(groups[number], queries, flat, row, out, block_size)
+            else:
+                at, head = divmod(number - len(groups), heads)
+                self._attend_span(spans[at], head, queries, flat, row, out, block_size)
+
+        self.team.run(piece, len(groups) + len(spans) * heads)
+
     def _attend_group(self, group: _Group, queries: Array, flat: Array, row: int, out: Array, block_size: int) -> None:
         cfg = self.config
         count, blocks = group.table.shape
@@ -320,32 +351,32 @@ class LlamaModel:
         result = (summed / total)[:, :, : queries.shape[1]]
         out[:, group.columns] = result.reshape(count, -1).T
 
-    def _attend_span(self, span: _Span, queries: Array, flat: Array, row: int, out: Array, block_size: int) -> None:
+    def _attend_span(
+        self, span: _Span, head: int, queries: Array, flat: Array, row: int, out: Array, block_size: int
+    ) -> None:
         cfg = self.config
         length = span.table.size * block_size
         rows = span.table * (2 * cfg.layers) + row
-        stored = flat.take(rows, axis=0, mode="clip").reshape(-1, cfg.kv_heads, cfg.head_dim, block_size)
-        keys = stored.transpose(1, 2, 0, 3).reshape(cfg.kv_heads, cfg.head_dim, length)
-        values = flat.take(rows + 1, axis=0, mode="clip").reshape(length, cfg.kv_heads, cfg.head_dim)
-        chosen = queries[..., span.first : span.first + span.count]
-        per_kv = chosen.shape[1]
-        q = chosen.transpose(0, 1, 3, 2).reshape(cfg.kv_heads, per_kv * span.count, cfg.head_dim)
+        stored = flat.reshape(flat.shape[0], cfg.kv_heads, cfg.head_dim, block_size)[rows, head]
+        keys = stored.transpose(1, 0, 2).reshape(cfg.head_dim, length)
+        values = flat.reshape(flat.shape[0], block_size, cfg.kv_heads, cfg.head_dim)[rows + 1, :, head]
+        values = values.reshape(length, cfg.head_dim)
+        chosen = queries[head, :, :, span.first : span.first + span.count]
+        per_kv = chosen.shape[0]
+        q = np.ascontiguousarray(chosen.transpose(0, 2, 1)).reshape(per_kv * span.count, cfg.head_dim)
         scores = np.matmul(q, keys)
-        shaped = scores.reshape(cfg.kv_heads, per_kv, span.count, length)
+        shaped = scores.reshape(per_kv, span.count, length)
         shaped += span.bias
         scores -= scores.max(axis=-1, keepdims=True)
         np.exp(scores, out=scores)
         total = scores.sum(axis=-1, keepdims=True)
-        summed: Array | None = None
-        for tile in range(0, length, ATTENTION_TILE):
-            part = np.matmul(
-                scores[:, :, tile : tile + ATTENTION_TILE],
-                values[tile : tile + ATTENTION_TILE].transpose(1, 0, 2),
-            )
-            summed = part if summed is None else summed + part
-        assert summed is not None
-        result = (summed / total).reshape(cfg.kv_heads, per_kv, span.count, cfg.head_dim)
-        out[:, span.first : span.first + span.count] = result.transpose(0, 1, 3, 2).reshape(-1, span.count)
+        summed = np.matmul(scores[:, :ATTENTION_TILE], values[:ATTENTION_TILE])
+        for tile in range(ATTENTION_TILE, length, ATTENTION_TILE):
+            until = tile + ATTENTION_TILE
+            summed = summed + np.matmul(scores[:, tile:until], values[tile:until])
+        result = (summed / total).reshape(per_kv, span.count, cfg.head_dim).transpose(0, 2, 1)
+        size = per_kv * cfg.head_dim
+        out[head * size : (head + 1) * size, span.first : span.first + span.count] = result.reshape(size, span.count)
 
 
 def _columns(rows: int, columns: int) -> Array:
