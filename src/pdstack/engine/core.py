@@ -38,6 +38,7 @@ from pdstack.engine.model import KV_ORDER, LlamaModel, require_context
 from pdstack.engine.pool import BlockPool, merged, new_pool_array
 from pdstack.engine.sampling import greedy, sample
 from pdstack.engine.scheduler import Plan, Purpose, Scheduler, Sequence, State
+from pdstack.models.hf_config import ModelConfig
 
 __all__ = ["Engine", "KvPool"]
 
@@ -95,8 +96,8 @@ class Engine:
         """
         config = config or EngineConfig()
         set_threads(1)  # our own threads divide the work: see pdstack.engine.team
+        require_context(ModelConfig.load(Path(directory)), config.max_context)
         model = LlamaModel(Path(directory), config.threads)
-        require_context(model.config, config.max_context)
         model.prepare(config.max_context, config.max_batch + config.prefill_chunk)
         return cls(model, config)
 

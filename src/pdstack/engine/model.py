@@ -99,7 +99,6 @@ class LlamaModel:
     def __init__(self, directory: Path, threads: int = 1) -> None:
         """Map and check the weights of `directory`. Raises WeightsError or UnsupportedModel."""
         began = time.monotonic()
-        self.team = Team(threads)
         self.config = config = ModelConfig.load(directory)
         tensors = open_weights(directory)
         check_tensors(directory, config, tensors)
@@ -134,6 +133,7 @@ class LlamaModel:
         self._by_block: dict[tuple[int, int], bool] = {}
         self._cos = np.empty((config.head_dim // 2, 0), dtype=np.float32)
         self._sin = self._cos
+        self.team = Team(threads)
         log.info("model %s mapped in %.2f s", directory, time.monotonic() - began)
 
     def prepare(self, max_context: int, largest_batch: int) -> bool:

@@ -44,10 +44,11 @@ def test_an_error_is_raised_after_all_have_ended(failing: int) -> None:
 
 
 def test_its_threads_end() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     team = Team(4)
+    own = set(threading.enumerate()) - before
+    assert len(own) == 3
     team.close()
-    for thread in threading.enumerate():
-        if thread.name.startswith("pdstack-engine-"):
-            thread.join(10)
-    assert threading.active_count() == before
+    for thread in own:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in own)
