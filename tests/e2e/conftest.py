@@ -75,11 +75,18 @@ class Stack:
         assert run.status == 0, run.output[-3000:]
         return run
 
-    def verify(self) -> dict[str, Any]:
-        """Run the full verification and return its results."""
+    def verify(self) -> None:
+        """Run the full verification by itself."""
         run = self.play("playbooks/verify.yml", "-e", "verify__depth=full")
         assert run.status == 0, run.output[-5000:]
+
+    def results(self) -> dict[str, Any]:
+        """Return what the last verification wrote."""
         return json.loads((self.state_dir / "verify.json").read_text())
+
+    @property
+    def deployed(self) -> bool:
+        return (self.state_dir / "deployment.json").exists()
 
     @property
     def deployment(self) -> dict[str, Any]:
@@ -146,7 +153,7 @@ def stack() -> Iterator[Stack]:
     running = Stack()
     running.play("playbooks/lifecycle/destroy.yml")  # what an earlier, interrupted run left
     yield running
-    if (running.state_dir / "deployment.json").exists():
+    if running.deployed:
         running.play("playbooks/lifecycle/destroy.yml")
     print("\nend to end:\n" + json.dumps(running.report, indent=2))
 
@@ -162,9 +169,17 @@ def engine_command() -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
-def prompts(stack: Stack) -> list[list[int]]:
+def deployed(stack: Stack) -> Stack:
+    """The deployment that the tests before have left, or a new one when a file of tests is run by itself."""
+    if not stack.deployed:
+        stack.deploy()
+    return stack
+
+
+@pytest.fixture(scope="session")
+def prompts(deployed: Stack) -> list[list[int]]:
     """Token ids of prompts of many lengths."""
-    config = json.loads((Path(stack.deployment["model"]["path"]) / "config.json").read_text())
+    config = json.loads((Path(deployed.deployment["model"]["path"]) / "config.json").read_text())
     lengths = [1 + (37 * number) % 300 for number in range(PROMPTS)]
     return proof.prompts(lengths, config["vocab_size"], seed=7)
 

@@ -12,8 +12,9 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def left(stack: Any, engine_command: Callable[..., str]) -> dict[str, Any]:
+def left(deployed: Any) -> dict[str, Any]:
     """What there was before, and is there after."""
+    stack = deployed
     deployment, topology = stack.deployment, stack.topology
     processes = {entry["State"]["Pid"] for entry in stack.inspect().values()}
     volumes = {mount["Name"] for entry in stack.inspect().values() for mount in entry["Mounts"] if "Name" in mount}
