@@ -147,6 +147,14 @@ def e2e(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """What disaggregation costs the first token, beside one aggregated worker (-- --model DIR, see --help)."""
+    env = test_servers(session, environment(session, "dev"))
+    path = {"PYTHONPATH": f"{ROOT}/src:{ROOT}"}
+    run(session, env | path, "python", "-m", "benchmarks.ttft", *session.posargs)
+
+
+@nox.session(default=False)
 def tests(session: nox.Session) -> None:
     """Everything above that tests, in order; stops a container engine that it had to start."""
     for name in ("lint", "unit", "molecule", "e2e", "stop_engine"):

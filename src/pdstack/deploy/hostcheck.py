@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 MIB = 1024 * 1024
 
 
