@@ -102,6 +102,8 @@ class DecodeHandler(Handler):
             blocks = await self.engine.reserve(wanted)
             job.check()
         except BaseException:
+            # The client may have gone after the reservation was made; one that was not made is no matter.
+            self.engine.unreserve(job.key)
             await self.agent.discard(ticket)
             raise
         try:
