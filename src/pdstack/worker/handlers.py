@@ -119,6 +119,7 @@ class DecodeHandler(Handler):
         job.details["transfer"] = {
             "bytes": report.bytes,
             "seconds": round(report.seconds, 6),
+            "read_seconds": round(report.read_seconds, 6),
             "backend": report.backend,
             "transport": report.transport,
         }

@@ -101,7 +101,7 @@ class Agent:
         self.calls.append(f"fetch {ticket.request_id} {blocks}")
         if self.error is not None:
             raise self.error
-        return SimpleNamespace(bytes=10, seconds=0.5, backend="ucx", transport="tcp")
+        return SimpleNamespace(bytes=10, seconds=0.5, read_seconds=0.2, backend="ucx", transport="tcp")
 
     async def discard(self, ticket: Ticket) -> None:
         self.calls.append(f"discard {ticket.request_id}")
