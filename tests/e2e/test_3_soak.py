@@ -48,5 +48,6 @@ def test_the_pools_are_empty_afterwards(stack: Any, wait_until: Callable[..., An
         return {key: value for key, value in found.items() if value}
 
     started = time.monotonic()
+    stack.report["held_at_the_end"] = held()
     wait_until("nothing is held by any worker", lambda: not held() or None, 30)
     stack.report["pools_empty_after_s"] = round(time.monotonic() - started, 1)
