@@ -48,6 +48,13 @@ def prepare_controller() -> None:
     run("ansible-playbook", *inventories, "playbooks/hosts.yml", "playbooks/images.yml")
 
 
+def host_is_up() -> bool:
+    """Tell whether the host of an earlier `--keep` run still runs."""
+    command = ["docker", "container", "inspect", "--format", "{{.State.Running}}", HOST]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() == "true" and (STATE / "address").is_file()
+
+
 def scenarios(names: Sequence[str]) -> list[str]:
     """Return Molecule's arguments that select `names`."""
     return [word for name in names for word in ("--scenario-name", name)]
@@ -78,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     first = missing(wanted)
     try:
-        if not (STATE / "address").is_file():
+        if not host_is_up():
+            # Molecule remembers a host that a restart of the engine has taken.
+            run("molecule", "destroy", "--scenario-name", "default", environment=environment)
             run("molecule", "create", "--scenario-name", "default", environment=environment)
             if first:
                 run("molecule", "converge", *scenarios(first), environment=environment)
