@@ -123,7 +123,7 @@ def build() -> str:
         (context / "Dockerfile").write_text(DOCKERFILE.format(base=base))
         # A client without BuildKit says on stderr that its builder is old.
         done = subprocess.run(
-            ["docker", "build", "--quiet", "--network", "none", "--tag", TAG, folder],
+            ["docker", "build", "--quiet", "--force-rm", "--network", "none", "--tag", TAG, folder],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode != 0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import secrets
 import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -131,7 +132,11 @@ def reference(
     settings.pop("default_max_tokens", None)  # the worker's, not the engine's: every request here says its own
     payload = base64.b64encode(gzip.compress(json.dumps({"requests": requests}).encode())).decode()
     command = [
-        "docker", "run", "--rm", "--interactive", "--network", "none", "--read-only", "--tmpfs", "/tmp",
+        "docker", "run", "--rm", "--interactive", "--network", "none",
+        # Named and labelled, so that a run that was interrupted leaves nothing that destroy does not find.
+        "--name", f"pdstack-{deployment['name']}-reference-{secrets.token_hex(3)}",
+        "--label", f"pdstack.deployment={deployment['name']}",
+        "--read-only", "--tmpfs", "/tmp",
         "--user", f"{deployment['uid']}:{deployment['uid']}", "--cap-drop", "ALL",
         "--env", f"OPENBLAS_NUM_THREADS={settings['threads']}",
         "--volume", f"{path}:{path}:ro",
