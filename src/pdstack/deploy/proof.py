@@ -52,12 +52,12 @@ def prompt_lengths(context: int, block_size: int, depth: str) -> list[int]:
     """Return the lengths of the prompts, in tokens, each once and in ascending order.
 
     They lie around the borders where an off-by-one would hide (a block, the prefill chunk) and spread up to 1,500
-    tokens or what the context leaves beside the answer. `full` gives at least 20, `quick` about half of that.
+    tokens or what the context leaves beside the answer. `full` gives at least 20, `quick` only the sharpest six.
     """
     longest = min(LONGEST if depth == "full" else QUICK_LONGEST, context - MAX_TOKENS - 1)
-    borders = {1, 2, block_size - 1, block_size, block_size + 1, 3 * block_size + 1, 127, 128, 129, longest}
+    borders = {1, block_size - 1, block_size, block_size + 1, 129, longest}
     spread = {1 + round((longest - 1) * (step / 15) ** 2) for step in range(16)} if depth == "full" else set()
-    extra = {longest - 1, 255, 256, 257} if depth == "full" else set()
+    extra = {2, 3 * block_size + 1, 127, 128, 255, 256, 257, longest - 1} if depth == "full" else set()
     lengths = sorted(length for length in borders | spread | extra if 1 <= length <= longest)
     if depth == "full" and len(lengths) < 20:
         lengths = sorted({*lengths, *range(3, min(longest, 40))})
