@@ -69,7 +69,10 @@ def _ports(survey: Mapping[str, Any], deployment: Topology, host: str) -> Iterat
             continue
         for listener in survey["listeners"]:
             same_address = listener["address"] in (*EVERYWHERE, use["address"]) or not use["address"][:1].isdigit()
-            if listener["port"] == use["port"] and same_address and listener["container"] != use["container"]:
+            # A container of this deployment is not in the way: a port that moves to another service is given up by the
+            # first, and a worker that is no longer wanted is removed before the others start.
+            stranger = listener["deployment"] != deployment["name"]
+            if listener["port"] == use["port"] and same_address and stranger:
                 yield Problem(
                     f"port {use['port']} for {use['service']}", f"taken by {_holder(listener)}", "a free port",
                     f"stop it, set another pdstack_port_offset, or change pdstack_ports ({use['service']})",

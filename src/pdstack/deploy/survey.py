@@ -20,6 +20,8 @@ from typing import Any
 
 LISTEN = "0A"
 MIB = 1024 * 1024
+# One line a container; the label is empty for what is not of pdstack.
+FORMAT = '{{.State.Pid}} {{.Name}} {{index .Config.Labels "pdstack.deployment"}}'
 
 
 def address(text: str) -> str:
@@ -76,21 +78,22 @@ def ancestors(proc: Path, pid: int) -> list[int]:
     return chain
 
 
-def containers() -> dict[int, str]:
-    """Return the pid of each running container's first process -> the container's name; empty without an engine."""
+def containers() -> dict[int, tuple[str, str]]:
+    """Return first pid -> (name, deployment) of each running container; empty without an engine."""
     if not shutil.which("docker"):
         return {}
     listed = subprocess.run(["docker", "ps", "-q"], capture_output=True, text=True, check=False)
     if not listed.stdout.split():
         return {}
     shown = subprocess.run(
-        ["docker", "inspect", "--format", "{{.State.Pid}} {{.Name}}", *listed.stdout.split()],
+        ["docker", "inspect", "--format", FORMAT, *listed.stdout.split()],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    return {
-        int(pid): name.strip().lstrip("/")
-        for pid, _, name in (line.partition(" ") for line in shown.stdout.splitlines())
-    }
+    found = {}
+    for line in shown.stdout.splitlines():
+        pid, name, deployment = line.split(" ", 2)
+        found[int(pid)] = (name.lstrip("/"), deployment)
+    return found
 
 
 def memory(meminfo: str) -> dict[str, int]:
@@ -107,7 +110,7 @@ def free_disk(path: Path) -> int:
 
 
 def survey(paths: list[str], proc: Path = Path("/proc")) -> dict[str, Any]:
-    """Return listeners (address, port, pid, process, container), memory, free disk by path, and running containers."""
+    """Return listeners (with process and container), memory, free disk by path, and the running containers."""
     sockets: dict[str, tuple[str, int]] = {}
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
@@ -116,7 +119,8 @@ def survey(paths: list[str], proc: Path = Path("/proc")) -> dict[str, Any]:
     listeners = []
     for inode, (where, port) in sorted(sockets.items(), key=lambda entry: entry[1][1]):
         pid = owner.get(inode, 0)
-        container = next((running[above] for above in ancestors(proc, pid) if above in running), "")
+        nobody = ("", "")
+        container, deployment = next((running[above] for above in ancestors(proc, pid) if above in running), nobody)
         listeners.append(
             {
                 "address": where,
@@ -124,6 +128,7 @@ def survey(paths: list[str], proc: Path = Path("/proc")) -> dict[str, Any]:
                 "pid": pid,
                 "process": command(proc, pid) if pid else "",
                 "container": container,
+                "deployment": deployment,
             }
         )
     return {
@@ -131,7 +136,7 @@ def survey(paths: list[str], proc: Path = Path("/proc")) -> dict[str, Any]:
         "memory": memory((proc / "meminfo").read_text()),
         "disk_mib": {path: free_disk(Path(path)) for path in paths},
         "present": {path: Path(path).exists() for path in paths},
-        "containers": sorted(running.values()),
+        "containers": sorted(name for name, _ in running.values()),
     }
 
 

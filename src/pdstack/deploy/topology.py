@@ -12,6 +12,9 @@ from typing import Any, TypedDict
 ROLES = ("prefill", "decode")
 LOOPBACK = "127.0.0.1"
 # Where a service finds its own configuration, in its container.
+# A host's prefill workers take the ports from the base on, its decode workers those from here on: a worker more of one
+# role moves no port of the other, nor of another host.
+DECODE_PORTS = 50
 CONFIG_MOUNT = "/etc/pdstack"
 
 
@@ -51,7 +54,7 @@ class Frontend(TypedDict):
 
 
 class Worker(TypedDict):
-    """One worker; `index` counts all workers of the deployment and decides its ports."""
+    """One worker; `index` counts the workers of its role on its host and decides its ports."""
 
     name: str
     role: str
@@ -183,30 +186,31 @@ def _workers(
     address: Mapping[str, str],
     port: Mapping[str, int],
 ) -> list[Worker]:
-    named: list[tuple[str, str, str, Mapping[str, Any]]] = []
+    workers: list[Worker] = []
     for role in ROLES:
         count = 0
         for host in groups.get(role, ()):
-            for item in worker_items(hosts[host], role):
-                named.append((str(item.get("name") or f"{role}-{count}"), role, host, item))
+            for index, item in enumerate(worker_items(hosts[host], role)):
+                name = str(item.get("name") or f"{role}-{count}")
                 count += 1
-    # Sorted by name, so that the number (and with it the ports) does not hang on the order of the groups.
-    return [
-        {
-            "name": worker,
-            "role": role,
-            "host": host,
-            "address": address[host],
-            "index": index,
-            "status_port": port["worker_status"] + index,
-            "transfer_port": port["worker_transfer"] + index,
-            "status_url": f"http://{bracketed(address[host])}:{port['worker_status'] + index}",
-            "container": container_name(deployment, worker),
-            "engine": dict(item.get("engine") or {}),
-            "env": {str(key): str(value) for key, value in (item.get("env") or {}).items()},
-        }
-        for index, (worker, role, host, item) in enumerate(sorted(named, key=lambda entry: entry[0]))
-    ]
+                slot = index if role == "prefill" else DECODE_PORTS + index
+                status_port = port["worker_status"] + slot
+                workers.append(
+                    {
+                        "name": name,
+                        "role": role,
+                        "host": host,
+                        "address": address[host],
+                        "index": index,
+                        "status_port": status_port,
+                        "transfer_port": port["worker_transfer"] + slot,
+                        "status_url": f"http://{bracketed(address[host])}:{status_port}",
+                        "container": container_name(deployment, name),
+                        "engine": dict(item.get("engine") or {}),
+                        "env": {str(key): str(value) for key, value in (item.get("env") or {}).items()},
+                    }
+                )
+    return sorted(workers, key=lambda worker: worker["name"])
 
 
 def port_uses(topology: Topology) -> list[PortUse]:

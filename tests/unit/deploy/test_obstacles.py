@@ -25,7 +25,14 @@ def find(inventory: Any, **changed: Any) -> list[str]:
 
 
 def listener(**changed: Any) -> dict[str, Any]:
-    return {"address": "0.0.0.0", "port": 8000, "pid": 7, "process": "nginx", "container": ""} | changed
+    return {
+        "address": "0.0.0.0",
+        "port": 8000,
+        "pid": 7,
+        "process": "nginx",
+        "container": "",
+        "deployment": "",
+    } | changed
 
 
 def test_an_empty_host_is_ready(inventory: Any) -> None:
@@ -42,11 +49,12 @@ def test_a_container_on_a_port_is_named(inventory: Any) -> None:
 
 
 def test_our_own_container_on_its_port_is_fine(inventory: Any) -> None:
-    assert find(inventory, listeners=[listener(container="pdstack-t-frontend")]) == []
+    assert find(inventory, listeners=[listener(container="pdstack-t-frontend", deployment="t")]) == []
 
 
-def test_another_service_of_ours_on_the_port_is_not(inventory: Any) -> None:
-    assert find(inventory, listeners=[listener(container="pdstack-t-nats")])
+def test_a_port_that_moves_between_our_services_is_fine_but_not_that_of_another_deployment(inventory: Any) -> None:
+    assert not find(inventory, listeners=[listener(container="pdstack-t-nats", deployment="t")])
+    assert find(inventory, listeners=[listener(container="pdstack-t-x-nats", deployment="t-x")])
 
 
 @pytest.mark.parametrize(("address", "taken"), [("127.0.0.1", True), ("::", True), ("10.0.0.5", False)])

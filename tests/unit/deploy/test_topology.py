@@ -14,10 +14,18 @@ def test_one_local_host(inventory: Any) -> None:
     assert built["nats_server"] == "nats://127.0.0.1:4222"
     assert [front["url"] for front in built["frontends"]] == ["http://127.0.0.1:8000"]
     assert [(w["name"], w["index"], w["status_port"], w["transfer_port"]) for w in built["workers"]] == [
-        ("decode-0", 0, 9100, 9200),
-        ("prefill-0", 1, 9101, 9201),
+        ("decode-0", 0, 9150, 9250),
+        ("prefill-0", 0, 9100, 9200),
     ]
     assert built["workers"][0]["container"] == "pdstack-t-decode-0"
+
+
+def test_another_worker_moves_no_port_of_those_there_are(inventory: Any) -> None:
+    before = topology.build(inventory.groups(), inventory.hosts(), inventory.settings())["workers"]
+    more = inventory.hosts(prefill_workers=[{}, {"name": "a"}], decode_workers=[{}, {}])
+    after = topology.build(inventory.groups(), more, inventory.settings())["workers"]
+    assert len(after) == 4
+    assert all(worker in after for worker in before)
 
 
 def test_offset_moves_every_port(inventory: Any) -> None:

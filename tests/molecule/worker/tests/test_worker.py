@@ -9,8 +9,8 @@ from testinfra.host import Host
 
 from pdstack.deploy import ask
 
-# Sorted by name, as their ports are.
-WORKERS = ("decode-0", "prefill-0")
+STATUS_PORTS = {"prefill-0": 9100, "decode-0": 9150}
+WORKERS = tuple(STATUS_PORTS)
 workers = pytest.mark.parametrize("worker", WORKERS)
 
 
@@ -24,7 +24,7 @@ def test_it_is_confined_and_healthy(
 
 @workers
 def test_it_says_that_it_can_serve(worker: str, at: Callable[..., str]) -> None:
-    health = ask.get_json(at(9100 + WORKERS.index(worker), "/health"))
+    health = ask.get_json(at(STATUS_PORTS[worker], "/health"))
     assert health["status"] == "ready"
     assert (health["name"], health["role"]) == (worker, worker.split("-")[0])
 
@@ -51,9 +51,9 @@ def test_the_fabric_profile_reached_the_container(
 def test_a_request_goes_through_prefill_and_decode(at: Callable[..., str]) -> None:
     answer = ask.complete(at(8000), "tiny", list(range(1, 41)), 6)
     assert answer.good, answer.problem()
-    record = ask.get_json(at(9100, f"/requests/{answer.request_id}"))
+    record = ask.get_json(at(STATUS_PORTS["decode-0"], f"/requests/{answer.request_id}"))
     assert record["prompt_tokens"] == 40
     assert len(record["token_ids"]) == 6
     assert record["transfer"]["bytes"] > 0
     assert record["transfer"]["transport"] == "cma"
-    assert ask.get_json(at(9101, f"/requests/{answer.request_id}"))["role"] == "prefill"
+    assert ask.get_json(at(STATUS_PORTS["prefill-0"], f"/requests/{answer.request_id}"))["role"] == "prefill"
