@@ -110,7 +110,10 @@ class Stack:
 
     def inspect(self) -> dict[str, dict[str, Any]]:
         """`docker inspect` of each container of the deployment, by service."""
-        names = docker("ps", "--all", "--quiet", "--filter", f"name=^pdstack-{NAME}-").split()
+        try:
+            names = docker("ps", "--all", "--quiet", "--filter", f"name=^pdstack-{NAME}-").split()
+        except (FileNotFoundError, subprocess.CalledProcessError):
+            return {}  # no engine, so no container: the rehearsal begins there when these tests run alone
         entries = json.loads(docker("container", "inspect", *names)) if names else []
         return {entry["Name"].removeprefix(f"/pdstack-{NAME}-"): entry for entry in entries}
 
