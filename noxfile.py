@@ -30,6 +30,8 @@ ENV = {
     "ANSIBLE_LIBRARY": str(ROOT / "plugins/modules"),
     "ANSIBLE_CALLBACK_PLUGINS": str(ROOT / "plugins/callback"),
     "ANSIBLE_COLLECTIONS_PATH": str(CACHE / "collections"),
+    "ANSIBLE_PRECEDENCE": "all_plugins_inventory, all_inventory, groups_inventory, all_plugins_play,"
+    " groups_plugins_inventory, groups_plugins_play",
     "ANSIBLE_PIPELINING": "true",
     "ANSIBLE_INJECT_FACT_VARS": "false",
     "PYTHONUNBUFFERED": "1",
