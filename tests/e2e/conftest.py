@@ -48,7 +48,7 @@ class Stack:
     """The deployment under test, and what was measured of it (printed at the end)."""
 
     report: dict[str, Any] = field(default_factory=dict)
-    backend: str = "ucx"
+    backend: str = "nixl"
 
     @property
     def state_dir(self) -> Path:

@@ -57,9 +57,10 @@ def test_verify_proves_the_deployment(stack: Any) -> None:
     check_results(stack)
 
 
+# Last, so that the default backend is the one under the kills and the soak.
 def test_the_other_backend_restarts_the_workers_only_and_is_proved_too(stack: Any) -> None:
     before = stack.started()
-    stack.backend = "nixl"
+    stack.backend = "ucx"
     stack.deploy("-e", "verify__depth=full")
     after = stack.started()
     restarted = {service for service in SERVICES if after[service] != before[service]}

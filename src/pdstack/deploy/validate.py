@@ -49,7 +49,7 @@ def problems(
     """
     found = [*_scalars(settings), *_choices(settings), *_dicts(settings, hosts), *_groups(groups)]
     found += _workers(groups, hosts)
-    found += [*_gates(settings, hosts)]
+    found += [*_gates(settings, hosts), *_one_host_fabrics(groups, settings, hosts)]
     # The topology can only be derived from settings of the right types.
     if not any(problem.what.startswith(("pdstack_", "prefill_workers", "decode_workers")) for problem in found):
         found += [*_ports(groups, hosts, settings)]
@@ -246,6 +246,24 @@ def _gates(settings: Mapping[str, Any], hosts: Mapping[str, Mapping[str, Any]]) 
             yield Problem(
                 f"engine_settings.prefill_chunk{_on(names, hosts)}", str(chunk), f"a multiple of block_size ({block})",
                 f"set prefill_chunk to {max(block, chunk // block * block)}",
+            )  # fmt: skip
+
+
+def _one_host_fabrics(
+    groups: Mapping[str, Sequence[str]], settings: Mapping[str, Any], hosts: Mapping[str, Mapping[str, Any]]
+) -> Iterator[Problem]:
+    """A fabric whose only transport is process_vm_readv cannot leave a host."""
+    workers = sorted({*groups.get("prefill", ()), *groups.get("decode", ())})
+    fabrics = settings.get("kv_fabrics")
+    if len(workers) < 2 or not isinstance(fabrics, Mapping):
+        return
+    for name, _ in _by_value(hosts, "kv_fabric"):
+        profile = fabrics.get(name) if isinstance(name, str) else None
+        if isinstance(profile, Mapping) and profile.get("transports") == ["cma"]:
+            yield Problem(
+                f"kv_fabric {name}", f"workers on {', '.join(workers)}",
+                "all workers on one host: its transport reads the memory of processes of the same host",
+                "set kv_fabric: tcp, or put prefill and decode on one host",
             )  # fmt: skip
 
 
