@@ -73,7 +73,7 @@ def test_true_is_no_number(inventory: Any) -> None:
 
 
 def test_one_host_with_a_wrong_setting_is_named(inventory: Any) -> None:
-    hosts = inventory.hosts("a", "b")
+    hosts = inventory.hosts("a", "b", kv_fabric="tcp")
     hosts["b"]["engine_settings"] = {"kv_blocks": 0}
     problems = validate.problems(inventory.groups(prefill=["a", "b"]), hosts, inventory.settings())
     assert [problem.what for problem in problems] == ["engine_settings on b.kv_blocks"]
