@@ -26,6 +26,7 @@ from pdstack.transfer.wire import (
 )
 
 HANDSHAKE_S = 5.0
+_REFUSALS = ("role", "audience")
 # A peer that says nothing for this many heartbeats is taken for gone.
 MISSED_HEARTBEATS = 5
 
@@ -91,8 +92,12 @@ def _send_greeting(writer: StreamWriter, message: Message) -> None:
 
 async def _receive_greeting(reader: StreamReader, kind: str) -> Message:
     message = parse(await _read_frame(reader, MAX_GREETING))
-    if message["type"] == "refused":
-        raise Refused(f"the peer refused: {message.get('reason')!r:.300}", code=f"{message.get('code')!s:.40}")
+    if message["type"] == "refused" and kind == "welcome":  # only the end that connects can be refused
+        # Not yet authenticated, and codes become labels of metrics: only those that a refusal can have.
+        code = message.get("code")
+        raise Refused(
+            f"the peer refused: {message.get('reason')!r:.300}", code=code if code in _REFUSALS else "refused"
+        )
     if message["type"] != kind:
         raise ProtocolError(f"the peer sent {message['type']!r:.40}, wanted {kind!r}")
     return message

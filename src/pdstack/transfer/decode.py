@@ -21,6 +21,7 @@ from pdstack.transfer.errors import (
     LayoutMismatch,
     PeerUnreachable,
     ProtocolError,
+    ReadFailed,
     ReadTimeout,
     Refused,
     TicketError,
@@ -192,7 +193,9 @@ class DecodeAgent(TransferAgent):
             outcome = await self._read(link, ticket, runs, tuple(local_blocks))
         except TransferError as error:
             self._failures += 1
-            self.metrics.failures.labels(self.config.backend, ticket.worker, error.code).inc()
+            # What a forged ticket says must not become a label.
+            worker = "?" if error.code == "forged" else ticket.worker
+            self.metrics.failures.labels(self.config.backend, worker, error.code).inc()
             _log.warning(
                 "fetch of request %s from %s failed (%s): %s", ticket.request_id, ticket.worker, error.code, error
             )
@@ -211,6 +214,8 @@ class DecodeAgent(TransferAgent):
                 await self._bury(parked)
 
     async def _bury(self, parked: _Parked) -> None:
+        if parked not in self._parked:
+            return  # another fetch is closing it
         self._parked.remove(parked)
         await asyncio.to_thread(parked.peer.close)
 
@@ -321,6 +326,8 @@ class DecodeAgent(TransferAgent):
             link.channel.send({"type": "done", "nonce": ticket.nonce, "ok": False})
             if link.lost.done() and not isinstance(error, ChecksumMismatch):
                 raise PeerUnreachable(f"{link.name} was lost during the read: {link.lost.result()}") from error
+            if isinstance(error, ReadFailed):
+                link.fail(error)  # its backend's connection is closed: the next fetch makes a new one
             raise
         link.channel.send({"type": "done", "nonce": ticket.nonce, "ok": True})
         return outcome
@@ -373,8 +380,8 @@ class DecodeAgent(TransferAgent):
                 link.fail(ReadTimeout(f"a cancelled read from {link.name} did not end"))
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([read], timeout=left if left > 0 else None)
-        if not read.cancelled():
-            read.exception()
+        if not read.cancelled() and isinstance(error := read.exception(), ReadFailed):
+            link.fail(error)
 
     def _report(self, link: _Link, runs: list[Run], outcome: _Outcome, seconds: float) -> TransferReport:
         blocks = sum(run.blocks for run in runs)

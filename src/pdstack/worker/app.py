@@ -75,10 +75,17 @@ class Worker:
                 await self._serve()
                 if self.stop.is_set():
                     break
+                if not self.engine.alive:
+                    log.error("the engine's thread has ended, so nothing can be served: leaving to be started anew")
+                    return EXIT_LOST
                 # The lease was lost: etcd was away for some seconds. Model, cache, transfers and the streams in flight
                 # are as good as before, so a new registration is all that is needed.
                 self.registrations_lost.inc()
                 log.error("Dynamo ended the registration without being asked: the lease was lost (is etcd well?)")
+            else:
+                # The signal came while there was no registration; streams of an earlier one may still run.
+                self._stage("draining")
+                await self._drain()
             return EXIT_STOPPED
         except RuntimeFailed as error:
             log.error("giving up after %d attempts: %s", MOST_ATTEMPTS, error)
@@ -93,11 +100,12 @@ class Worker:
         serving = asyncio.create_task(link.serve(self._handler()))
         helpers = [asyncio.create_task(self._publish_metrics(link)), asyncio.create_task(self._announce(link))]
         stopped = asyncio.create_task(self.stop.wait())
+        ended = asyncio.create_task(self._engine_ended())
         try:
-            await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({serving, stopped, ended}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.link = None
-            for task in (*helpers, stopped):
+            for task in (*helpers, stopped, ended):
                 task.cancel()
             link.shutdown()
         if self.stop.is_set():
@@ -107,6 +115,11 @@ class Worker:
         else:
             self._stage("the registration was lost")
         await asyncio.gather(serving, *helpers, return_exceptions=True)
+
+    async def _engine_ended(self) -> None:
+        # The engine's thread can end without telling anybody, so it has to be asked.
+        while self.engine is not None and self.engine.alive:  # noqa: ASYNC110
+            await asyncio.sleep(1.0)
 
     def _stage(self, text: str) -> None:
         self.stage = text
@@ -171,6 +184,9 @@ class Worker:
                     raise
                 self._waiting(str(error))
                 await asyncio.sleep(coordination.LONGEST_PAUSE_S)
+            except BaseException:
+                link.shutdown()  # a signal came: the lease must not outlive this process
+                raise
             else:
                 self.link = link
                 return

@@ -88,14 +88,15 @@ class CopyingImporter(Importer):
 class CopyingPeer(Peer):
     def __init__(self, backend: Copying, local: PoolView, remote: PoolView) -> None:
         self._aborted = threading.Event()
-        self.parked = False
+        self.parked = self.dead = False
         self.backend, self.local, self.remote = backend, local, remote
 
     def read(self, runs: Sequence[Run]) -> None:
         while not self.backend.gate.wait(0.01):
             if self._aborted.is_set():
                 raise ReadFailed("the read was aborted")
-        if self.backend.fail:
+        if self.backend.fail or self.dead:
+            self.dead = True  # as real peers: a connection that failed is closed
             raise ReadFailed("as asked")
         size = self.local.block_bytes
         for run in runs:
@@ -444,3 +445,14 @@ async def test_metrics_tell_what_happened(pair: Pair) -> None:
     assert pair.decode.metrics.failures.labels("ucx", "prefill-0", "withdrawn")._value.get() == 1
     assert pair.prefill.metrics.refusals.labels("withdrawn")._value.get() == 1
     await until(lambda: pair.prefill.metrics.exported_bytes.labels("decode-0")._value.get() == value)
+
+
+@in_pair()
+async def test_after_a_failed_read_the_next_fetch_makes_a_new_connection(pair: Pair) -> None:
+    pair.backend.fail = True
+    with pytest.raises(ReadFailed):
+        await pair.decode.fetch(pair.export(), [0, 1])
+    await until(lambda: pair.released == [("r", "failed")])
+    pair.backend.fail = False
+    report = await pair.decode.fetch(pair.export(), [0, 1])
+    assert report.bytes == 2 * LAYOUT.block_bytes

@@ -159,7 +159,20 @@ def test_frozen_prefill_is_noticed_by_its_silence(start: Start, backend: str) ->
 
 
 def test_kill_of_decode_in_the_middle_of_a_read_frees_its_export_only(start: Start, backend: str) -> None:
-    prefill, decode = pair(start, backend, "tcp", layout=LARGE)
+    # Once in some dozens of times UCX itself aborts the process whose memory a killed peer was reading over TCP; its
+    # container then starts it anew. That is not what this test is about, so only then it is repeated.
+    for last in (False, False, True):
+        prefill, decode = pair(start, backend, "tcp", layout=LARGE)
+        try:
+            kill_decode_in_the_middle(start, backend, prefill, decode)
+        except (EOFError, ConnectionError):
+            if last or prefill.process.wait(10) != -signal.SIGABRT:
+                raise
+        else:
+            return
+
+
+def kill_decode_in_the_middle(start: Start, backend: str, prefill: Agent, decode: Agent) -> None:
     other = start("decode", backend, name="decode-1", environment=TCP, layout=LARGE)
     decode.call("fetch", prefill.call("export", "warm", [0]), [0])
     wire = prefill.call("export", "big", list(range(255, -1, -1)), 256)

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import time
+import traceback
 import uuid
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
@@ -160,6 +161,8 @@ class NixlPeer(Peer):
                 start = end
         except Exception as error:  # NIXL's errors share no base class but Exception
             if not self.parked:
+                # The frames of the failure hold the transfer's handle, which keeps the native agent alive.
+                traceback.clear_frames(error.__traceback__)
                 self.close()
             if isinstance(error, ReadFailed):
                 raise
