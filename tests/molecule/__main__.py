@@ -17,8 +17,9 @@ from pathlib import Path
 from tests.molecule import hostimage
 
 ROOT = Path(__file__).resolve().parents[2]
-STATE = ROOT / ".pdstack" / "molecule-host"
-HOST = "pdstack-molecule"
+# Another name gives another host, beside the one of a run that goes on.
+HOST = os.environ.get("PDSTACK_MOLECULE_HOST", "pdstack-molecule")
+STATE = ROOT / ".pdstack" / f"{HOST}-host"
 # Each builds on those before it.
 ORDER = (
     "container_engine",
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_controller()
     environment = {
         "MOLECULE_GLOB": "tests/molecule/*/molecule.yml",
+        "PDSTACK_MOLECULE_HOST": HOST,
         "PDSTACK_MOLECULE_STATE": str(STATE),
         "PDSTACK_MOLECULE_IMAGE": hostimage.build(),
     }
