@@ -9,13 +9,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-from pdstack.deploy import modelid, obstacles, report, services, topology, validate  # needs the path above
+from pdstack.deploy import (
+    coordination,
+    modelid,
+    obstacles,
+    report,
+    services,
+    topology,
+    validate,
+)  # needs the path above
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def _members(groups: Mapping[str, Sequence[str]], hostvars: Any) -> dict[str, Any]:
-    wanted = dict.fromkeys(host for group in validate.GROUPS for host in groups.get(group, ()))
+    wanted = dict.fromkeys(host for group in validate.HOST_GROUPS for host in groups.get(group, ()))
     return {host: hostvars[host] for host in wanted}
 
 
@@ -55,6 +63,16 @@ def status(deployment: Any, hostvars: Any) -> list[str]:
     return report.status(deployment, inspected)
 
 
+def coordination_image(groups: Mapping[str, Sequence[str]], hostvars: Any, settings: Mapping[str, Any]) -> str:
+    members = [host for group in ("etcd", "nats") for host in groups.get(group, ())]
+    return coordination.image_choice(
+        settings["coordination_image"],
+        engine=settings["engine"],
+        releases=[str((hostvars[host].get("ansible_facts") or {}).get("distribution_release")) for host in members],
+        pinned=settings["versions"]["images"]["base"]["suite"],
+    )
+
+
 class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
@@ -68,9 +86,10 @@ class FilterModule:
             "pdstack_removal_order": services.removal_order,
             "pdstack_status": status,
             "pdstack_model_id": modelid.model_id,
-            "pdstack_etcd_service": services.etcd,
-            "pdstack_nats_config": services.nats_config,
-            "pdstack_nats_service": services.nats,
+            "pdstack_coordination_image": coordination_image,
+            "pdstack_etcd_service": coordination.etcd,
+            "pdstack_nats_config": coordination.nats_config,
+            "pdstack_nats_service": coordination.nats,
             "pdstack_frontend_service": services.frontend,
             "pdstack_worker_config": services.worker_config,
             "pdstack_worker_service": services.worker,

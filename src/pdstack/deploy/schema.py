@@ -13,7 +13,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "router_mode": ("round-robin", "random", "kv"),
     "image_source": ("registry", "build", "auto"),
     "model_source": ("package", "path", "hub", "tiny"),
-    "engine": ("reference",),
+    "engine": ("reference", "trtllm"),
+    "coordination_image": ("own", "runtime", "auto"),
+    "trtllm_image_source": ("build", "registry", "archive"),
+    "gpu_request": ("auto", "cdi", "runtime"),
+}
+# Each engine reads its models from other places: TensorRT-LLM has no use for those that are made for the CPU engine.
+MODEL_SOURCES: dict[str, tuple[str, ...]] = {
+    "reference": ("package", "path", "hub", "tiny"),
+    "trtllm": ("path", "hub"),
 }
 
 
@@ -25,7 +33,7 @@ def closest(value: str, choices: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Field:
-    """One key: its kind (int, number, bool, str, list, dict, strings), its range, and whether it must be there."""
+    """One key: its kind (int, number, bool, str, list, ints, dict, strings), its range, whether it must be there."""
 
     kind: str
     minimum: float | None = None
@@ -38,7 +46,8 @@ class Field:
         """What is wanted, in words."""
         words = {
             "int": "a whole number", "number": "a number", "bool": "true or false", "str": "a text",
-            "list": "a list of texts", "dict": "a mapping", "strings": "a mapping of texts",
+            "list": "a list of texts", "ints": "a list of whole numbers", "dict": "a mapping",
+            "strings": "a mapping of texts",
         }[self.kind]  # fmt: skip
         if self.choices:
             return f"one of {', '.join(self.choices)}"
@@ -61,15 +70,17 @@ class Field:
             "bool": isinstance(value, bool),
             "str": isinstance(value, str),
             "list": isinstance(value, list | tuple) and all(isinstance(item, str) for item in value),
+            "ints": isinstance(value, list | tuple) and all(type(item) is int for item in value),
             "dict": isinstance(value, Mapping),
             "strings": isinstance(value, Mapping) and all(isinstance(item, str) for item in value.values()),
         }[self.kind]
         if fits and self.choices:
             fits = value in self.choices
-        if fits and self.minimum is not None:
-            fits = value >= self.minimum
-        if fits and self.maximum is not None:
-            fits = value <= self.maximum
+        for number in value if fits and self.kind == "ints" else [value]:
+            if fits and self.minimum is not None:
+                fits = number >= self.minimum
+            if fits and self.maximum is not None:
+                fits = number <= self.maximum
         return None if fits else self.text
 
 
@@ -81,12 +92,19 @@ SCALARS: dict[str, Field] = {
     "model_name": Field("str"),
     "migration_limit": Field("int", 0, 100),
     "drain_timeout_s": Field("number", 0, 3600),
+    "model_revision": Field("str"),
+    "trtllm_max_input_tokens": Field("int", 1, 2**24),
+    "kv_transfer_timeout_ms": Field("int", 1, 3_600_000),
+    "trtllm_image": Field("str"),
+    "trtllm_archive": Field("str"),
+    "trtllm_push": Field("str"),
 }
 
 PORTS: dict[str, Field] = {
     key: Field("int", 1, 65535)
     for key in (
-        "frontend", "etcd_client", "etcd_peer", "nats_client", "nats_monitor", "worker_status", "worker_transfer",
+        "frontend", "etcd_client", "etcd_peer", "nats_client", "nats_cluster", "nats_monitor", "worker_status",
+        "worker_transfer", "worker_ranks",
     )
 }  # fmt: skip
 
@@ -117,12 +135,40 @@ FABRIC: dict[str, Field] = {
     "capabilities": Field("list"),
     "ulimits": Field("list"),
     "transports": Field("list"),
+    # What a profile of engine trtllm says beside that; a profile without `engines` is for both.
+    "engines": Field("list", required=False),
+    "scope": Field("str", choices=("host", "network"), required=False),
+    "net_devices": Field("str", choices=("none", "rdma", "interface"), required=False),
+    "devices": Field("list", required=False),
+    "shm_size": Field("str", required=False),
+    "gpu_visibility": Field("str", choices=("own", "all"), required=False),
+    "gpu": Field("dict", required=False),
 }
 
 WORKER: dict[str, Field] = {
     "name": Field("str", required=False),
     "engine": Field("dict", required=False),
     "env": Field("strings", required=False),
+}
+# An entry of engine trtllm; what may stand in `engine` and `args` is in pdstack.deploy.trtllm.
+GPU_WORKER: dict[str, Field] = {
+    **WORKER,
+    "gpus": Field("ints", 0),
+    "args": Field("dict", required=False),
+}
+
+TRTLLM_ENGINE: dict[str, Field] = {
+    "common": Field("dict", required=False),
+    "prefill": Field("dict", required=False),
+    "decode": Field("dict", required=False),
+}
+
+# Variables of a GPU host.
+GPU_HOST: dict[str, Field] = {
+    "gpu_count": Field("int", 1, 16),
+    "kv_net_devices": Field("list", required=False),
+    "kv_interface": Field("str", required=False),
+    "kv_mtu": Field("int", 576, 65535, required=False),
 }
 
 VERSIONS: dict[str, Field] = {
@@ -132,7 +178,20 @@ VERSIONS: dict[str, Field] = {
     "ucx": Field("str"),
     "etcd": Field("str"),
     "nats": Field("str"),
+    "trtllm_runtime": Field("strings"),
+    "gpu": Field("strings"),
     "images": Field("dict"),
     "collections": Field("dict"),
     "models": Field("dict"),
 }
+
+TRTLLM_RUNTIME: dict[str, Field] = {
+    key: Field("str") for key in ("source", "ref", "nixl", "ucx", "etcd", "nats", "cuda", "python")
+}
+
+GPU_VERSIONS: dict[str, Field] = {
+    key: Field("str")
+    for key in (
+        "driver_branch", "driver_minimum", "driver", "toolkit", "toolkit_minimum", "docker_minimum", "docker_cdi",
+    )
+}  # fmt: skip

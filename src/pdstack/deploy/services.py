@@ -1,4 +1,4 @@
-"""The services of a deployment as the dicts that the Ansible role `service` runs.
+"""The frontend and the workers of a deployment as the dicts that the Ansible role `service` runs.
 
 One function a service. Each takes its entry of the topology and what it depends on, and nothing else: whatever is not
 an argument cannot make its container be recreated.
@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pdstack.deploy.topology import CONFIG_MOUNT, Etcd, Frontend, Nats, Topology, Worker, bracketed, container_name
+from pdstack.deploy.topology import CONFIG_MOUNT, Frontend, Topology, Worker, container_name
 
 # Idle cost: every check starts a process in a container, and all containers together may use a tenth of a core.
 CHECK = {"interval": "15s", "timeout": "5s", "retries": 3, "start_period": "120s"}
@@ -24,83 +24,9 @@ SCRATCH = "/tmp"  # noqa: S108  # a memory mount of the container's own
 Spec = dict[str, Any]
 
 
-def bash_http_check(address: str, port: int, path: str) -> dict[str, Any]:
-    """Return a health check that wants HTTP 200, by bash alone: the etcd and NATS images hold nothing else for it."""
-    script = (
-        f"exec 3<>/dev/tcp/{address}/{port} && printf 'GET {path} HTTP/1.0\\r\\nHost: {address}\\r\\n\\r\\n' >&3 "
-        "&& read -r -t 4 status <&3 && [[ $status == *' 200 '* ]]"
-    )
-    return {"test": ["CMD", "bash", "-c", script], **CHECK}
-
-
 def http_check(url: str) -> dict[str, Any]:
     """Return a health check that wants HTTP 200 from `url`, for containers of the worker image."""
     return {"test": [*PROBE, "http", url], **CHECK}
-
-
-def etcd(member: Etcd, topology: Topology, *, image: str, version: str, data_dir: str, quota_mib: int) -> Spec:
-    """Return the etcd member; `data_dir` is its directory on the host and in the container."""
-    return {
-        "name": "etcd",
-        "image": image,
-        "command": [
-            "--name", member["member"],
-            "--data-dir", data_dir,
-            "--listen-client-urls", member["client_url"],
-            "--advertise-client-urls", member["client_url"],
-            "--listen-peer-urls", member["peer_url"],
-            "--initial-advertise-peer-urls", member["peer_url"],
-            "--initial-cluster", topology["etcd_initial_cluster"],
-            "--initial-cluster-state", "new",
-            "--initial-cluster-token", f"pdstack-{topology['name']}",
-            # Leases and keep-alives make revisions for ever; an hour of history is plenty for watches.
-            "--auto-compaction-mode", "periodic",
-            "--auto-compaction-retention", "1h",
-            "--quota-backend-bytes", str(quota_mib * 1024 * 1024),
-            "--enable-v2=false",
-            "--logger", "zap",
-            "--log-level", "warn",
-        ],
-        "data_dirs": ["."],
-        "healthcheck": bash_http_check(member["address"], member["client_port"], "/health"),
-        "labels": {"pdstack.version": version},
-    }  # fmt: skip
-
-
-def nats_config(server: Nats, topology: Topology, *, store_dir: str, store_mib: int, payload_mib: int) -> str:
-    """Return nats.conf; JetStream stores in `store_dir`, at most `store_mib` MiB."""
-    settings = {
-        "server_name": f"pdstack-{topology['name']}-{server['host']}",
-        "listen": f"{bracketed(server['address'])}:{server['client_port']}",
-        "http": f"{bracketed(server['address'])}:{server['monitor_port']}",
-        # Prompts travel as JSON lists of token ids: NATS's own limit of 1 MiB is met at about 150,000 tokens.
-        "max_payload": payload_mib * 1024 * 1024,
-    }
-    lines = [f"{key}: {json.dumps(value)}" for key, value in settings.items()]
-    return "\n".join(
-        [
-            *lines,
-            "jetstream {",
-            f"  store_dir: {json.dumps(store_dir)}",
-            f"  max_file_store: {store_mib * 1024 * 1024}",
-            f"  max_memory_store: {64 * 1024 * 1024}",
-            "}",
-            "",
-        ]
-    )
-
-
-def nats(server: Nats, *, image: str, version: str, config: str) -> Spec:
-    """Return the NATS server; `config` is the text of nats.conf."""
-    return {
-        "name": "nats",
-        "image": image,
-        "command": ["--config", f"{CONFIG_MOUNT}/nats.conf"],
-        "files": [{"path": "nats.conf", "content": config}],
-        "data_dirs": ["."],
-        "healthcheck": bash_http_check(server["address"], server["monitor_port"], "/healthz?js-enabled=true"),
-        "labels": {"pdstack.version": version},
-    }
 
 
 def frontend(

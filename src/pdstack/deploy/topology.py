@@ -11,10 +11,12 @@ from typing import Any, TypedDict
 
 ROLES = ("prefill", "decode")
 LOOPBACK = "127.0.0.1"
-# Where a service finds its own configuration, in its container.
 # A host's prefill workers take the ports from the base on, its decode workers those from here on: a worker more of one
 # role moves no port of the other, nor of another host.
 DECODE_PORTS = 50
+# A rank of a TensorRT-LLM worker listens on the worker's port plus its rank; no host has more GPUs than this.
+RANK_PORTS = 16
+# Where a service finds its own configuration, in its container.
 CONFIG_MOUNT = "/etc/pdstack"
 
 
@@ -32,13 +34,17 @@ class Etcd(TypedDict):
 
 
 class Nats(TypedDict):
-    """One NATS server."""
+    """One NATS server; `routes` are the other servers of its cluster (none: it stands alone)."""
 
     host: str
     address: str
+    server_name: str
     client_port: int
+    cluster_port: int
     monitor_port: int
     url: str
+    route_url: str
+    routes: list[str]
     monitor_url: str
     container: str
 
@@ -54,7 +60,11 @@ class Frontend(TypedDict):
 
 
 class Worker(TypedDict):
-    """One worker; `index` counts the workers of its role on its host and decides its ports."""
+    """One worker; `index` counts the workers of its role on its host and decides its ports.
+
+    With engine trtllm `gpus` are the GPUs of the host that it has, one rank each, and a rank's port for KV is
+    `transfer_port` plus the rank; `args` are its options of `python3 -m dynamo.trtllm`.
+    """
 
     name: str
     role: str
@@ -67,12 +77,15 @@ class Worker(TypedDict):
     container: str
     engine: dict[str, Any]
     env: dict[str, str]
+    gpus: list[int]
+    args: dict[str, Any]
 
 
 class Topology(TypedDict):
     """The whole deployment."""
 
     name: str
+    engine: str
     etcd: list[Etcd]
     nats: list[Nats]
     frontends: list[Frontend]
@@ -145,13 +158,18 @@ def build(
         }
         for host in groups.get("etcd", ())
     ]
+    routes = {host: f"nats://{bracketed(address[host])}:{port['nats_cluster']}" for host in groups.get("nats", ())}
     nats: list[Nats] = [
         {
             "host": host,
             "address": address[host],
+            "server_name": f"pdstack-{name}-{host}",
             "client_port": port["nats_client"],
+            "cluster_port": port["nats_cluster"],
             "monitor_port": port["nats_monitor"],
             "url": f"nats://{bracketed(address[host])}:{port['nats_client']}",
+            "route_url": routes[host],
+            "routes": [url for other, url in routes.items() if other != host],
             "monitor_url": f"http://{bracketed(address[host])}:{port['nats_monitor']}",
             "container": container_name(name, "nats"),
         }
@@ -169,10 +187,11 @@ def build(
     ]
     return {
         "name": name,
+        "engine": str(settings["engine"]),
         "etcd": etcd,
         "nats": nats,
         "frontends": frontends,
-        "workers": _workers(name, groups, hosts, address, port),
+        "workers": _workers(str(settings["engine"]), name, groups, hosts, address, port),
         "etcd_endpoints": [member["client_url"] for member in etcd],
         "etcd_initial_cluster": ",".join(f"{member['member']}={member['peer_url']}" for member in etcd),
         "nats_server": nats[0]["url"] if nats else "",
@@ -180,6 +199,7 @@ def build(
 
 
 def _workers(
+    engine: str,
     deployment: str,
     groups: Mapping[str, Sequence[str]],
     hosts: Mapping[str, Mapping[str, Any]],
@@ -203,11 +223,17 @@ def _workers(
                         "address": address[host],
                         "index": index,
                         "status_port": status_port,
-                        "transfer_port": port["worker_transfer"] + slot,
+                        "transfer_port": (
+                            port["worker_ranks"] + slot * RANK_PORTS
+                            if engine == "trtllm"
+                            else port["worker_transfer"] + slot
+                        ),
                         "status_url": f"http://{bracketed(address[host])}:{status_port}",
                         "container": container_name(deployment, name),
                         "engine": dict(item.get("engine") or {}),
                         "env": {str(key): str(value) for key, value in (item.get("env") or {}).items()},
+                        "gpus": [int(gpu) for gpu in item.get("gpus") or ()],
+                        "args": dict(item.get("args") or {}),
                     }
                 )
     return sorted(workers, key=lambda worker: worker["name"])
@@ -228,12 +254,17 @@ def port_uses(topology: Topology) -> list[PortUse]:
         add(member, member["peer_port"], "etcd (peer)")
     for server in topology["nats"]:
         add(server, server["client_port"], "NATS (client)")
+        if server["routes"]:
+            add(server, server["cluster_port"], "NATS (cluster)")
         add(server, server["monitor_port"], "NATS (monitor)")
     for frontend in topology["frontends"]:
         add(frontend, frontend["port"], "frontend")
     for worker in topology["workers"]:
         add(worker, worker["status_port"], f"worker {worker['name']} (status)")
-        # A decode worker calls the prefill workers and listens on nothing else.
-        if worker["role"] == "prefill":
+        if topology["engine"] == "trtllm":
+            for rank in range(len(worker["gpus"])):
+                add(worker, worker["transfer_port"] + rank, f"worker {worker['name']} (rank {rank})")
+        # A decode worker of the reference engine calls the prefill workers and listens on nothing else.
+        elif worker["role"] == "prefill":
             add(worker, worker["transfer_port"], f"worker {worker['name']} (transfer)")
     return uses

@@ -8,17 +8,22 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pdstack.deploy import topology, versions
+from pdstack.deploy.problem import Problem, show
 from pdstack.deploy.schema import (
     CHOICES,
     ENGINE_SETTINGS,
     FABRIC,
+    GPU_VERSIONS,
+    GPU_WORKER,
+    MODEL_SOURCES,
     PORTS,
     SCALARS,
     TRANSFER_SETTINGS,
+    TRTLLM_ENGINE,
+    TRTLLM_RUNTIME,
     VERSIONS,
     WORKER,
     Field,
@@ -28,16 +33,10 @@ from pdstack.deploy.schema import (
 HIGHEST_PORT = 65535
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 GROUPS = ("etcd", "nats", "frontend", "prefill", "decode")
+# The groups whose hosts belong to a deployment; the last may be empty.
+HOST_GROUPS = (*GROUPS, "image_build")
 
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong: what was checked, what was found, what was wanted, how to fix it."""
-
-    what: str
-    found: str
-    wanted: str
-    fix: str
+__all__ = ["GROUPS", "HOST_GROUPS", "Problem", "problems", "render"]
 
 
 def problems(
@@ -48,7 +47,7 @@ def problems(
     `groups` maps a group to its hosts, `hosts` a host to its variables, `settings` is `pdstack_settings`.
     """
     found = [*_scalars(settings), *_choices(settings), *_dicts(settings, hosts), *_groups(groups)]
-    found += _workers(groups, hosts)
+    found += _workers(groups, hosts, settings)
     found += [*_gates(settings, hosts), *_one_host_fabrics(groups, settings, hosts)]
     # The topology can only be derived from settings of the right types.
     if not any(problem.what.startswith(("pdstack_", "prefill_workers", "decode_workers")) for problem in found):
@@ -71,20 +70,24 @@ def render(found: Sequence[Problem]) -> str:
     return "\n".join(lines)
 
 
-def _show(value: object) -> str:
-    return "nothing" if value is None or value == "" else repr(value)
-
-
 def _scalars(settings: Mapping[str, Any]) -> Iterator[Problem]:
     for key, field in SCALARS.items():
         if (wrong := field.wrong(field.from_command_line(settings.get(key)))) is not None:
-            yield Problem(key, _show(settings.get(key)), wrong, f"set {key} in the inventory's group_vars/all.yml")
+            yield Problem(key, show(settings.get(key)), wrong, f"set {key} in the inventory's group_vars/all.yml")
     name = settings.get("pdstack_name")
     if isinstance(name, str) and not NAME.fullmatch(name):
         yield Problem(
-            "pdstack_name", _show(name), "1 to 32 of a-z, 0-9 and -, beginning and ending with a letter or digit",
+            "pdstack_name", show(name), "1 to 32 of a-z, 0-9 and -, beginning and ending with a letter or digit",
             "choose another pdstack_name (it names containers, directories and the Dynamo namespace)",
         )  # fmt: skip
+    engine, source = settings.get("engine"), settings.get("model_source")
+    if isinstance(engine, str) and engine in MODEL_SOURCES and source in CHOICES["model_source"]:
+        sources = MODEL_SOURCES[engine]
+        if source not in sources:
+            yield Problem(
+                f"model_source (engine is {engine})", show(source), f"one of {', '.join(sources)}",
+                "set model_source: hub with model_ref and model_revision, or path with the directory in model_ref",
+            )  # fmt: skip
     if settings.get("model_source") in ("path", "hub") and not settings.get("model_ref"):
         wanted = "a directory on the controller" if settings["model_source"] == "path" else "a repository (owner/name)"
         yield Problem(
@@ -100,7 +103,7 @@ def _choices(settings: Mapping[str, Any]) -> Iterator[Problem]:
         value = settings.get(key)
         if value not in choices:
             yield Problem(
-                key, _show(value), f"one of {', '.join(choices)}",
+                key, show(value), f"one of {', '.join(choices)}",
                 f"set {key} to one of them{closest(str(value), choices)}",
             )  # fmt: skip
 
@@ -108,7 +111,7 @@ def _choices(settings: Mapping[str, Any]) -> Iterator[Problem]:
 def _mapping(what: str, value: object, fields: Mapping[str, Field], required: bool = True) -> Iterator[Problem]:
     """Check a dict variable key by key: no unknown key, no missing one, every value of its type and range."""
     if not isinstance(value, Mapping):
-        yield Problem(what, _show(value), f"a mapping with the keys {', '.join(fields)}", f"write {what} as a mapping")
+        yield Problem(what, show(value), f"a mapping with the keys {', '.join(fields)}", f"write {what} as a mapping")
         return
     for key in value:
         if key not in fields:
@@ -124,7 +127,7 @@ def _mapping(what: str, value: object, fields: Mapping[str, Field], required: bo
                     f"add it: a dict variable replaces the whole default, copy {what} from inventories/common",
                 )  # fmt: skip
         elif (wrong := field.wrong(value[key])) is not None:
-            yield Problem(f"{what}.{key}", _show(value[key]), wrong, f"correct {what}.{key}")
+            yield Problem(f"{what}.{key}", show(value[key]), wrong, f"correct {what}.{key}")
 
 
 def _dicts(settings: Mapping[str, Any], hosts: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
@@ -132,11 +135,22 @@ def _dicts(settings: Mapping[str, Any], hosts: Mapping[str, Mapping[str, Any]]) 
     yield from _mapping("engine_defaults", settings.get("engine_defaults"), ENGINE_SETTINGS)
     yield from _mapping("transfer_defaults", settings.get("transfer_defaults"), TRANSFER_SETTINGS)
     yield from _mapping("transfer_settings", settings.get("transfer_settings"), TRANSFER_SETTINGS, required=False)
-    yield from _mapping("versions", settings.get("versions"), VERSIONS)
+    pinned = settings.get("versions")
+    yield from _mapping("versions", pinned, VERSIONS)
+    if isinstance(pinned, Mapping):
+        for key, fields in (("trtllm_runtime", TRTLLM_RUNTIME), ("gpu", GPU_VERSIONS)):
+            if isinstance(pinned.get(key), Mapping):
+                yield from _mapping(f"versions.{key}", pinned[key], fields)
+    yield from _mapping("trtllm_engine_defaults", settings.get("trtllm_engine_defaults"), TRTLLM_ENGINE)
+    yield from _mapping("trtllm_engine", settings.get("trtllm_engine"), TRTLLM_ENGINE)
+    if not isinstance(settings.get("trtllm_args"), Mapping):
+        yield Problem(
+            "trtllm_args", show(settings.get("trtllm_args")), "a mapping of options", "write trtllm_args as a mapping"
+        )
     fabrics = settings.get("kv_fabrics")
     if not isinstance(fabrics, Mapping):
         yield Problem(
-            "kv_fabrics", _show(fabrics), "a mapping of profiles", "see inventories/common/group_vars/all/fabrics.yml"
+            "kv_fabrics", show(fabrics), "a mapping of profiles", "see inventories/common/group_vars/all/fabrics.yml"
         )
         fabrics = {}
     for name, profile in fabrics.items():
@@ -146,7 +160,7 @@ def _dicts(settings: Mapping[str, Any], hosts: Mapping[str, Mapping[str, Any]]) 
     for value, names in _by_value(hosts, "kv_fabric"):
         if value not in list(fabrics):
             yield Problem(
-                f"kv_fabric{_on(names, hosts)}", _show(value), f"one of {', '.join(map(str, fabrics))}",
+                f"kv_fabric{_on(names, hosts)}", show(value), f"one of {', '.join(map(str, fabrics))}",
                 f"choose a profile of kv_fabrics, or add one{closest(str(value), list(fabrics))}",
             )  # fmt: skip
 
@@ -190,8 +204,11 @@ def _groups(groups: Mapping[str, Sequence[str]]) -> Iterator[Problem]:
         )  # fmt: skip
 
 
-def _workers(groups: Mapping[str, Sequence[str]], hosts: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
+def _workers(
+    groups: Mapping[str, Sequence[str]], hosts: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]
+) -> Iterator[Problem]:
     names: list[tuple[str, str]] = []
+    trtllm = settings.get("engine") == "trtllm"
     for role in topology.ROLES:
         count = 0
         for host in groups.get(role, ()):
@@ -199,21 +216,21 @@ def _workers(groups: Mapping[str, Sequence[str]], hosts: Mapping[str, Mapping[st
             items = hosts[host].get(key)
             if not isinstance(items, Sequence) or isinstance(items, str) or not items:
                 yield Problem(
-                    f"{key} on {host}", _show(items), "a list with an entry per worker, for example [{}]",
+                    f"{key} on {host}", show(items), "a list with an entry per worker, for example [{}]",
                     f"give {host} a {key} list, or take it out of the group {role}",
                 )  # fmt: skip
                 continue
             for position, item in enumerate(items):
                 what = f"{key}[{position}] on {host}"
-                yield from _mapping(what, item, WORKER, required=False)
+                yield from _mapping(what, item, GPU_WORKER if trtllm else WORKER, required=False)
                 if not isinstance(item, Mapping):
                     continue
-                if isinstance(item.get("engine"), Mapping):
+                if isinstance(item.get("engine"), Mapping) and not trtllm:
                     yield from _mapping(f"{what}.engine", item["engine"], ENGINE_SETTINGS, required=False)
                 name = item.get("name") or f"{role}-{count}"
                 count += 1
                 if not isinstance(name, str) or not NAME.fullmatch(name):
-                    yield Problem(f"{what}.name", _show(name), "1 to 32 of a-z, 0-9 and -", "choose another name")
+                    yield Problem(f"{what}.name", show(name), "1 to 32 of a-z, 0-9 and -", "choose another name")
                 names.append((str(name), f"{role} on {host}"))
     for name, times in Counter(name for name, _ in names).items():
         if times > 1:

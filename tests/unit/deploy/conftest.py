@@ -25,7 +25,7 @@ class Inventory:
 
     def hosts(self, *names: str, **variables: Any) -> dict[str, dict[str, Any]]:
         """Hosts (one, `a`, if none is named) with the default variables, and `variables` on each."""
-        keys = ("engine_settings", "kv_fabric", "prefill_workers", "decode_workers")
+        keys = ("engine_settings", "kv_fabric", "kv_transfer_backend", "prefill_workers", "decode_workers")
         defaults = {key: self.common[key] for key in keys}
         return {name: copy.deepcopy(defaults) | {"ansible_connection": "local"} | variables for name in names or ("a",)}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pdstack.deploy import service, services, topology
+from pdstack.deploy import coordination, service, services, topology
 from pdstack.worker import config as worker_config
 
 
@@ -22,10 +22,10 @@ def spec_of(name: str, built: topology.Topology, inventory: Any, **changed: Any)
     common = inventory.common
     if name == "etcd":
         known = {"image": "i:1", "version": "3", "data_dir": "/d", "quota_mib": 2048} | changed
-        return services.etcd(built["etcd"][0], built, **known)
+        return coordination.etcd(built["etcd"][0], built, **known)
     if name == "nats":
-        text = services.nats_config(built["nats"][0], built, store_dir="/s", store_mib=10, payload_mib=1)
-        return services.nats(built["nats"][0], image="i:1", version="2", config=text)
+        text = coordination.nats_config(built["nats"][0], built, store_dir="/s", store_mib=10, payload_mib=1)
+        return coordination.nats(built["nats"][0], image="i:1", version="2", config=text)
     if name == "frontend":
         known = {"namespace": "t", "model_dir": "/m", "router_mode": "random", "block_size": 16} | changed
         return services.frontend(built["frontends"][0], built, image="i:1", version="0.7", **known)
@@ -124,10 +124,10 @@ def web() -> Iterator[int]:
 
 @pytest.mark.parametrize(("path", "healthy"), [("/good", True), ("/bad", False)])
 def test_bash_tells_200_from_503(web: int, path: str, healthy: bool) -> None:
-    command = services.bash_http_check("127.0.0.1", web, path)["test"][1:]
+    command = coordination.bash_http_check("127.0.0.1", web, path)["test"][1:]
     assert (subprocess.run(command, check=False, timeout=10).returncode == 0) is healthy
 
 
 def test_bash_fails_when_nobody_listens() -> None:
-    command = services.bash_http_check("127.0.0.1", 9, "/")["test"][1:]
+    command = coordination.bash_http_check("127.0.0.1", 9, "/")["test"][1:]
     assert subprocess.run(command, check=False, timeout=10, capture_output=True).returncode != 0

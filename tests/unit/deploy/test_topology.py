@@ -77,3 +77,26 @@ def test_ipv6_is_bracketed_in_urls(inventory: Any) -> None:
 def test_decode_workers_need_no_transfer_port(inventory: Any) -> None:
     uses = topology.port_uses(topology.build(inventory.groups(), inventory.hosts(), inventory.settings()))
     assert not [use for use in uses if use["container"].endswith("decode-0") and "transfer" in use["service"]]
+
+
+def test_every_rank_of_a_trtllm_worker_has_a_port_of_its_own(inventory: Any) -> None:
+    hosts = inventory.hosts(prefill_workers=[{"gpus": [0, 1]}, {"gpus": [2, 3]}], decode_workers=[{"gpus": [4]}])
+    built = topology.build(inventory.groups(), hosts, inventory.settings(engine="trtllm"))
+    assert [(w["name"], w["transfer_port"], w["gpus"]) for w in built["workers"]] == [
+        ("decode-0", 20800, [4]),
+        ("prefill-0", 20000, [0, 1]),
+        ("prefill-1", 20016, [2, 3]),
+    ]
+    ranks = [use["port"] for use in topology.port_uses(built) if "rank" in use["service"]]
+    assert ranks == [20800, 20000, 20001, 20016, 20017]
+
+
+def test_nats_servers_know_each_other(inventory: Any) -> None:
+    names = ["c1", "c2", "c3"]
+    hosts = inventory.hosts("a", *names, ansible_connection="ssh")
+    built = topology.build(inventory.groups(nats=names), hosts, inventory.settings(pdstack_name="t"))
+    assert built["nats"][1]["routes"] == ["nats://c1:6222", "nats://c3:6222"]
+    assert [server["server_name"] for server in built["nats"]] == ["pdstack-t-c1", "pdstack-t-c2", "pdstack-t-c3"]
+    assert [use["port"] for use in topology.port_uses(built) if "cluster" in use["service"]] == [6222] * 3
+    alone = topology.build(inventory.groups(), hosts, inventory.settings())
+    assert not [use for use in topology.port_uses(alone) if "cluster" in use["service"]]

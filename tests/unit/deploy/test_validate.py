@@ -22,6 +22,7 @@ def test_every_setting_of_the_dict_is_checked(inventory: Any) -> None:
     # A setting that nothing looks at could be misspelt for ever.
     handled = {*schema.CHOICES, *schema.SCALARS}
     handled |= {"pdstack_ports", "engine_defaults", "transfer_defaults", "transfer_settings", "versions", "kv_fabrics"}
+    handled |= {"trtllm_engine_defaults", "trtllm_engine", "trtllm_args"}
     assert set(inventory.common["pdstack_settings"]) == handled
 
 
@@ -30,6 +31,8 @@ def test_defaults_have_exactly_the_keys_of_the_schema(inventory: Any) -> None:
     assert set(inventory.common["transfer_defaults"]) == set(schema.TRANSFER_SETTINGS)
     assert set(inventory.common["pdstack_ports"]) == set(schema.PORTS)
     assert set(inventory.common["versions"]) == set(schema.VERSIONS)
+    assert set(inventory.common["versions"]["gpu"]) == set(schema.GPU_VERSIONS)
+    assert set(inventory.common["versions"]["trtllm_runtime"]) == set(schema.TRTLLM_RUNTIME)
 
 
 @pytest.mark.parametrize("key", sorted(schema.CHOICES))
