@@ -22,11 +22,35 @@ ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 DEFAULT_MODE = "0440"
 
 
+class DeviceRequest(TypedDict):
+    """Devices by the names of a driver. Every key is given: what the engine keeps then equals what is wanted."""
+
+    driver: str
+    count: int
+    device_ids: list[str]
+    capabilities: list[list[str]]
+    options: dict[str, str]
+
+
+class Gpus(TypedDict):
+    """What makes a container see its GPUs."""
+
+    runtime: str
+    device_requests: list[DeviceRequest]
+    devices: list[str]
+    env: dict[str, str]
+
+
 class Plan(TypedDict):
     """What the tasks of the role need, ready for their module parameters."""
 
     container: str
     user: str
+    owner: int
+    group: int
+    runtime: str
+    device_requests: list[DeviceRequest]
+    devices: list[str]
     pid_mode: str
     security_opts: list[str]
     env: dict[str, str]
@@ -65,6 +89,50 @@ def security_opts(spec: Mapping[str, Any]) -> list[str]:
     return ["no-new-privileges:true", *(["label=disable"] if shares else [])]
 
 
+def gpus(wanted: Mapping[str, Any]) -> Gpus:
+    """Return what gives a container the GPUs `wanted` ({ids, mode, visible, devices}; empty: none).
+
+    mode cdi: the engine itself adds the devices, so that nothing takes them away again. mode runtime: the runtime
+    `nvidia` adds them behind the engine's back, and with the systemd cgroup driver a daemon-reload takes them away;
+    `devices` (the /dev/nvidia* of the host) name them to the engine as well.
+
+    visible own: the container has its GPUs alone, which CUDA counts from 0. visible all: it has every GPU of the host,
+    as processes must that read each other's memory, and CUDA_VISIBLE_DEVICES picks.
+    """
+    if not wanted:
+        return {"runtime": "", "device_requests": [], "devices": [], "env": {}}
+    ids = [int(number) for number in wanted["ids"]]
+    every = wanted.get("visible") == "all"
+    picked = ids if every else range(len(ids))
+    # nvidia-smi and the runtime count by PCI address; CUDA, unless told so, by speed.
+    env = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, picked))}
+    if wanted["mode"] == "cdi":
+        names = ["nvidia.com/gpu=all"] if every else [f"nvidia.com/gpu={number}" for number in ids]
+        request: DeviceRequest = {
+            "driver": "cdi", "count": 0, "device_ids": names, "capabilities": [], "options": {},
+        }  # fmt: skip
+        # CUDA images ask for all GPUs in their environment; where `nvidia` is the default runtime it would obey.
+        env["NVIDIA_VISIBLE_DEVICES"] = "void"
+        return {"runtime": "", "device_requests": [request], "devices": [], "env": env}
+    env["NVIDIA_VISIBLE_DEVICES"] = "all" if every else ",".join(map(str, ids))
+    env["NVIDIA_DRIVER_CAPABILITIES"] = "compute,utility"
+    devices = [str(path) for path in wanted.get("devices") or []]
+    return {"runtime": "nvidia", "device_requests": [], "devices": devices, "env": env}
+
+
+def gpu_errors(wanted: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the GPUs of a spec."""
+    if not wanted:
+        return []
+    found = []
+    ids = list(wanted.get("ids") or [])
+    if not ids:
+        found.append("gpus: found no ids, wanted the numbers of the container's GPUs, as nvidia-smi counts them")
+    if len(set(ids)) != len(ids):
+        found.append(f"gpus: found the ids {ids}, wanted each GPU once")
+    return found
+
+
 def data_path(entry: str, root: PurePosixPath) -> PurePosixPath:
     """Return the host path of a data directory: an absolute one as it is, others below the service's own."""
     return root / entry
@@ -97,6 +165,9 @@ def errors(spec: Mapping[str, Any], deployment: str) -> list[str]:
         for key in spec.get("env") or {}
         if not ENV_NAME.fullmatch(str(key))
     ]
+    found += [f"{where}: {problem}" for problem in gpu_errors(spec.get("gpus") or {})]
+    if not re.fullmatch(r"[0-9]+(:[0-9]+)?", user := str(spec.get("user") or "0")):
+        found.append(f"{where}: found user {user!r}, wanted numbers (uid:gid): a name means another user in each image")
     return found
 
 
@@ -139,13 +210,23 @@ def plan(spec: Mapping[str, Any], *, deployment: str, config_dir: str, data_dir:
     data_dirs = list(dict.fromkeys(str(data_path(str(entry), own_data)) for entry in spec.get("data_dirs") or []))
     volumes = [f"{own_config}:{CONFIG_MOUNT}:ro"] if files else []
     volumes += [f"{path}:{path}:rw" for path in data_dirs]
+    given = gpus(spec.get("gpus") or {})
+    owner, _, group = str(spec.get("user") or f"{uid}:{uid}").partition(":")
     return {
         "container": container_name(deployment, name),
-        "user": str(spec.get("user") or f"{uid}:{uid}"),
+        "user": f"{owner}:{group or owner}",
+        # Its files belong to the user that the container runs as.
+        "owner": int(owner),
+        "group": int(group or owner),
+        "runtime": str(spec.get("runtime") or given["runtime"]),
+        "device_requests": given["device_requests"],
+        "devices": [*(str(path) for path in spec.get("devices") or []), *given["devices"]],
         # Docker knows no word for a PID namespace of one's own: it is what it does when nothing is said.
         "pid_mode": "" if spec.get("pid_mode") in (None, "private") else str(spec["pid_mode"]),
         "security_opts": security_opts(spec),
-        "env": {"RUST_BACKTRACE": "0"} | {str(k): env_value(v) for k, v in (spec.get("env") or {}).items()},
+        "env": {"RUST_BACKTRACE": "0"}
+        | given["env"]
+        | {str(k): env_value(v) for k, v in (spec.get("env") or {}).items()},
         "volumes": volumes + [str(volume) for volume in spec.get("volumes") or []],
         "labels": {str(k): str(v) for k, v in (spec.get("labels") or {}).items()}
         | {"pdstack.deployment": deployment, "pdstack.service": name, "pdstack.config": config_digest(files)},

@@ -98,3 +98,62 @@ def test_what_types_cannot_say_is_refused(changes: dict[str, Any], words: str) -
     (error,) = service.errors(spec(**changes), "local")
     assert words in error
     assert "wanted" in error or "at most" in error
+
+
+def test_files_belong_to_the_user_that_the_container_runs_as() -> None:
+    found = plan(user="1000:0")
+    assert (found["user"], found["owner"], found["group"]) == ("1000:0", 1000, 0)
+    assert (plan()["owner"], plan()["group"]) == (64000, 64000)
+
+
+def test_no_gpus_ask_for_nothing() -> None:
+    found = plan()
+    assert (found["runtime"], found["device_requests"], found["devices"]) == ("", [], [])
+    assert "CUDA_VISIBLE_DEVICES" not in found["env"]
+
+
+def test_cdi_gives_the_container_its_own_gpus_and_hides_the_rest_from_a_default_runtime() -> None:
+    found = plan(gpus={"ids": [2, 3], "mode": "cdi"})
+    (request,) = found["device_requests"]
+    assert (request["driver"], request["device_ids"]) == ("cdi", ["nvidia.com/gpu=2", "nvidia.com/gpu=3"])
+    # A key left out is null in what the engine answers, and the container would be made anew on every run.
+    assert None not in request.values()
+    assert (found["runtime"], found["devices"]) == ("", [])
+    # The container has two, which CUDA counts from 0.
+    assert found["env"]["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert found["env"]["NVIDIA_VISIBLE_DEVICES"] == "void"
+
+
+def test_cdi_gives_all_and_cuda_picks_where_processes_read_each_other_s_memory() -> None:
+    found = plan(gpus={"ids": [2, 3], "mode": "cdi", "visible": "all"})
+    assert found["device_requests"][0]["device_ids"] == ["nvidia.com/gpu=all"]
+    assert found["env"]["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert found["env"]["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+@pytest.mark.parametrize(("visible", "given", "picked"), [("own", "2,3", "0,1"), ("all", "all", "2,3")])
+def test_the_runtime_is_told_in_the_environment_and_the_devices_named(visible: str, given: str, picked: str) -> None:
+    nodes = ["/dev/nvidiactl", "/dev/nvidia2"]
+    found = plan(
+        gpus={"ids": [2, 3], "mode": "runtime", "visible": visible, "devices": nodes}, devices=["/dev/infiniband"]
+    )
+    assert (found["runtime"], found["device_requests"]) == ("nvidia", [])
+    assert found["devices"] == ["/dev/infiniband", *nodes]
+    assert (found["env"]["NVIDIA_VISIBLE_DEVICES"], found["env"]["CUDA_VISIBLE_DEVICES"]) == (given, picked)
+
+
+def test_a_named_runtime_is_taken() -> None:
+    assert plan(runtime="runc")["runtime"] == "runc"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"gpus": {"ids": [], "mode": "cdi"}}, "no ids"),
+        ({"gpus": {"ids": [1, 1], "mode": "cdi"}}, "each GPU once"),
+        ({"user": "dynamo"}, "wanted numbers"),
+    ],
+)
+def test_gpus_and_users_that_cannot_be_are_refused(changes: dict[str, Any], words: str) -> None:
+    (error,) = service.errors(spec(**changes), "local")
+    assert words in error

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -51,3 +52,25 @@ def test_what_the_dict_says_is_what_the_container_has(container: Callable[[str],
 
 def test_no_secret_is_in_the_container_s_description(host: Host) -> None:
     assert "not for all" not in host.check_output("docker container inspect pdstack-molecule-web")
+
+
+def test_another_user_s_container_has_its_files_devices_and_entrypoint(
+    host: Host, container: Callable[[str], dict[str, Any]]
+) -> None:
+    found = container("devices")
+    assert (found["Config"]["User"], found["Config"]["Entrypoint"]) == ("1000:0", ["python3", "-S", "-E"])
+    assert found["HostConfig"]["Runtime"] == "runc"
+    assert [device["PathOnHost"] for device in found["HostConfig"]["Devices"]] == ["/dev/full"]
+    file = host.file("/etc/pdstack/molecule/devices/page.txt")
+    assert (file.uid, file.gid) == (1000, 0)
+    assert host.check_output("docker exec pdstack-molecule-devices cat /etc/pdstack/page.txt") == "of 1000:0"
+
+
+def test_gpus_are_asked_for_in_the_engine_s_own_words(host: Host) -> None:
+    text = host.check_output("docker container inspect pdstack-molecule-gpus-cdi pdstack-molecule-gpus-runtime")
+    cdi, runtime = json.loads(text)
+    (request,) = cdi["HostConfig"]["DeviceRequests"]
+    assert (request["Driver"], request["DeviceIDs"]) == ("cdi", ["nvidia.com/gpu=2", "nvidia.com/gpu=3"])
+    assert {"CUDA_VISIBLE_DEVICES=0,1", "NVIDIA_VISIBLE_DEVICES=void"} <= set(cdi["Config"]["Env"])
+    assert "NVIDIA_VISIBLE_DEVICES=0" in runtime["Config"]["Env"]
+    assert [device["PathOnHost"] for device in runtime["HostConfig"]["Devices"]] == ["/dev/null"]
