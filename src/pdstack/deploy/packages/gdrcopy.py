@@ -8,7 +8,7 @@ from typing import TypedDict
 from pdstack.deploy.packages import repository
 from pdstack.deploy.packages.engine import upstream
 from pdstack.deploy.packages.repository import PlanError, System
-from pdstack.deploy.validate import Problem
+from pdstack.deploy.problem import Problem
 
 PACKAGES = {
     "deb": ("gdrdrv-dkms", "libgdrapi", "gdrcopy-tests", "gdrcopy"),

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 from pdstack.deploy.packages import repository
 from pdstack.deploy.packages.engine import upstream
 from pdstack.deploy.packages.repository import PlanError, Repository, System
-from pdstack.deploy.validate import Problem
+from pdstack.deploy.problem import Problem
 
 STACKS = ("inbox", "doca")
 NAME = "doca"

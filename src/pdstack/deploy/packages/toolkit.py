@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from pdstack.deploy.packages import repository
 from pdstack.deploy.packages.engine import upstream
 from pdstack.deploy.packages.repository import PlanError, Repository, System
-from pdstack.deploy.validate import Problem
+from pdstack.deploy.problem import Problem
 
 NAME = "nvidia-container-toolkit"
 # One version on all four: with different ones the runtime and its library do not understand each other.
