@@ -1,0 +1,1 @@
+"""What is right and wrong about a GPU host: `probe` reads facts, `checks` judges them, `report` tells."""
