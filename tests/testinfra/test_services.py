@@ -101,6 +101,8 @@ def test_confined(service: dict[str, Any], container: dict[str, Any], deployment
     assert "RUST_BACKTRACE=0" in config["Env"]
 
 
-def test_hostnames_are_unique(inspected: Inspected) -> None:
-    names = [entry["Config"]["Hostname"] for containers in inspected.values() for entry in containers.values()]
+# Agents find each other under their hostnames; etcd members and the like have one on each host.
+def test_workers_hostnames_are_unique(inspected: Inspected, topology: dict[str, Any]) -> None:
+    workers = [inspected[worker["host"]][worker["container"]] for worker in topology["workers"]]
+    names = [entry["Config"]["Hostname"] for entry in workers]
     assert len(names) == len(set(names)) > 0
