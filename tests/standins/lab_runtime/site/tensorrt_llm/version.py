@@ -1,0 +1,2 @@
+# Written anew by the image's build, from the wheel it was told to install.
+__version__ = "0"
