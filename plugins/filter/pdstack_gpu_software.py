@@ -47,7 +47,9 @@ def problem_text(found: Iterable[dict[str, str]], host: str) -> str:
 class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
+            "pdstack_apt_candidate": engine.candidate,
             "pdstack_cdi_stale": told(toolkit.cdi_stale),
+            "pdstack_engine_expected": lambda facts, **known: engine.expected(repository.system(facts), **known),
             "pdstack_engine_flag_conflicts": told(engine.flag_conflicts),
             "pdstack_engine_plan": told(lambda facts, **known: engine.plan(repository.system(facts), **known)),
             "pdstack_gdrcopy_plan": told(lambda facts, version: gdrcopy.plan(repository.system(facts), version)),

@@ -132,3 +132,17 @@ def test_a_key_that_the_unit_gives_as_a_flag() -> None:
     assert engine.flag_conflicts(flags, settings) == ["live-restore", "runtimes"]
     assert engine.flag_conflicts(["-H", "fd://"], {"hosts": []}) == ["hosts"]
     assert engine.flag_conflicts([], settings) == []
+
+
+def test_what_apt_would_install() -> None:
+    assert (
+        engine.candidate("docker.io:\n  Installed: (none)\n  Candidate: 28.2.2-0ubuntu1\n  Version table:\n")
+        == "28.2.2-0ubuntu1"
+    )
+    assert engine.candidate("docker.io:\n  Installed: (none)\n  Candidate: (none)\n") == ""
+    assert engine.candidate("") == ""
+
+
+def test_a_promise_of_nothing() -> None:
+    assert engine.expected(BOOKWORM, candidate="20.10.24+dfsg1") == "20.10.24+dfsg1"
+    assert engine.expected(system("Rocky", "9.6")) == ""

@@ -60,6 +60,12 @@ def upstream(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in found[1].split(".")) if found else ()
 
 
+def candidate(policy: str) -> str:
+    """Return the candidate out of the text of `apt-cache policy PACKAGE`; empty where there is none."""
+    found = re.search(r"^ *Candidate: (\S+)$", policy, re.MULTILINE)
+    return found[1] if found and found[1] != "(none)" else ""
+
+
 def distribution_packages(host: System, apparmor: bool) -> list[str]:
     """Return the distribution's own engine, empty where it has none (RHEL 9 and its rebuilds)."""
     if host["manager"] != "apt":
@@ -114,6 +120,14 @@ def plan(
         "repository": repository.repository(NAME, (repositories or {}).get("docker", {}), host),
         "expected": expected,
     }
+
+
+def expected(host: System, **known: Any) -> str:
+    """Return the version that `plan` promises; empty where it has no way."""
+    try:
+        return plan(host, **known)["expected"]
+    except PlanError:
+        return ""
 
 
 def flag_conflicts(flags: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
