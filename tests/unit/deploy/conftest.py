@@ -16,7 +16,7 @@ class Inventory:
 
     def __init__(self) -> None:
         self.common: dict[str, Any] = {}
-        for name in ("main", "fabrics", "versions"):
+        for name in ("main", "trtllm", "fabrics", "versions"):
             self.common |= yaml.safe_load((COMMON / f"{name}.yml").read_text())
 
     def settings(self, **changed: Any) -> dict[str, Any]:
