@@ -1,4 +1,4 @@
-"""What TensorRT-LLM 1.2.0rc3 takes in an engine's YAML, and Dynamo 0.7.0.post1 as options of `python3 -m dynamo.trtllm`.
+"""What TensorRT-LLM 1.2.0rc3 takes in an engine's YAML, and `python3 -m dynamo.trtllm` (0.7.0.post1) as options.
 
 The engine's models forbid unknown keys: a misspelt one ends the worker after minutes of loading, so it is refused here.
 ENGINE is TorchLlmArgs and what it is made of, as of November 2025 (llmapi/llm_args.py, the version that has
@@ -60,9 +60,7 @@ KV_CACHE: Table = {
 CUDA_GRAPH: Table = {"batch_sizes": _optional("ints", 1), "max_batch_size": INT, "enable_padding": BOOL}
 
 SCHEDULER: Table = {
-    "capacity_scheduler_policy": _optional(
-        "str", None, None, "MAX_UTILIZATION", "GUARANTEED_NO_EVICT", "STATIC_BATCH"
-    ),
+    "capacity_scheduler_policy": _optional("str", None, None, "MAX_UTILIZATION", "GUARANTEED_NO_EVICT", "STATIC_BATCH"),
     "context_chunking_policy": _optional("str", None, None, "FIRST_COME_FIRST_SERVED", "EQUAL_PROGRESS"),
     "dynamic_batch_config": {
         "enable_batch_size_tuning": BOOL,
@@ -72,9 +70,7 @@ SCHEDULER: Table = {
 }
 
 MOE: Table = {
-    "backend": _optional(
-        "str", None, None, "CUTLASS", "CUTEDSL", "WIDEEP", "TRTLLM", "DEEPGEMM", "VANILLA", "TRITON"
-    ),
+    "backend": _optional("str", None, None, "CUTLASS", "CUTEDSL", "WIDEEP", "TRTLLM", "DEEPGEMM", "VANILLA", "TRITON"),
     "max_num_tokens": COUNT,
     "load_balancer": FREE,
     "disable_finalize_fusion": BOOL,
@@ -196,7 +192,8 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "orchestrator_type": ("workers are started with MPI, one container each", "remove it"),
     "ray_worker_extension_cls": ("workers are started with MPI, one container each", "remove it"),
     "reasoning_parser": (
-        "Dynamo's frontend parses answers, not the engine", "set dyn_reasoning_parser in trtllm_args or the worker's args",
+        "Dynamo's frontend parses answers, not the engine",
+        "set dyn_reasoning_parser in trtllm_args or the worker's args",
     ),
     "decoding_config": ("it is deprecated", "set speculative_config"),
     "quant_config": ("backend pytorch reads it from the model", "remove it"),
