@@ -142,6 +142,8 @@ FABRIC: dict[str, Field] = {
     "devices": Field("list", required=False),
     "shm_size": Field("str", required=False),
     "gpu_visibility": Field("str", choices=("own", "all"), required=False),
+    # Transports that workers of one host may use beside `transports`.
+    "same_host": Field("list", required=False),
     "gpu": Field("dict", required=False),
 }
 
