@@ -30,7 +30,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda_copy", "cuda_ipc", "gdr_copy"),
     "ugni": ("ugni_smsg", "ugni_udt", "ugni_rdma"),
 }
-# Transports that have an alias which brings what they need beside them; naming them alone breaks the wire-up, or GPU memory.
+# The alias of each brings what it needs beside it; naming it alone breaks the wire-up, or GPU memory.
 _EXACT = {
     "rc_verbs": "rc",
     "rc_mlx5": "rc",
@@ -127,7 +127,7 @@ def problems(
             )
         ]  # fmt: skip
     found = [*_environment(f"kv_fabrics.{name}", profile, engine)]
-    return found + [*_host(where, effective(profile, engine), variables)]
+    return [*found, *_host(where, effective(profile, engine), variables)]
 
 
 def worker_problems(what: str, env: Mapping[str, str]) -> list[Problem]:
@@ -139,12 +139,12 @@ def _variables(what: str, env: Mapping[str, str]) -> Iterator[Problem]:
     for key in env:
         if key.startswith("TRTLLM_USE_") and key.endswith(("_KVCACHE", "_KV_CACHE")):
             yield Problem(
-                f"{what}.{key}", "a variable that chooses the KV backend", "nothing: the engine's YAML names the backend",
+                f"{what}.{key}", "a variable that chooses the KV backend", "nothing: the engine's YAML names it",
                 "remove it and set kv_transfer_backend: ucx or nixl",
             )  # fmt: skip
         elif key in _LIBRARIES:
             yield Problem(
-                f"{what}.{key}", "a path for libraries", "nothing: the image sets it, for the one matching copy of NIXL",
+                f"{what}.{key}", "a path for libraries", "nothing: the image sets it for the matching copy of NIXL",
                 "remove it; another copy ends in undefined symbols or \"backend 'UCX' not found\"",
             )  # fmt: skip
 
@@ -198,7 +198,7 @@ def _environment(what: str, profile: Profile, engine: str) -> Iterator[Problem]:
         if split:
             yield Problem(
                 f"{what}.{split[0]}", show(known.get(split[0])), "host, as the profile promises cuda_ipc",
-                "set pid_mode: host and ipc_mode: host; UCX reads another process's GPU memory only within one namespace",
+                "set pid_mode: host and ipc_mode: host; UCX reads a process's GPU memory only within one namespace",
             )  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def _host(where: str, known: Profile, variables: Mapping[str, Any]) -> Iterator[
     if not devices:
         yield Problem(
             f"{where}: kv_net_devices", "nothing", "the host's RDMA devices with their port, for example [mlx5_0:1]",
-            "set kv_net_devices for the host (`ls /sys/class/infiniband`; `nvidia-smi topo -m` says which are near a GPU)",
+            "set kv_net_devices for the host (`ls /sys/class/infiniband`; `nvidia-smi topo -m` says which is near)",
         )  # fmt: skip
     for device in devices:
         name, _, port = str(device).partition(":")
@@ -221,6 +221,6 @@ def _host(where: str, known: Profile, variables: Mapping[str, Any]) -> Iterator[
     rails = known["env"].get("UCX_MAX_RMA_RAILS")
     if devices and rails is not None and str(rails).isdigit() and int(rails) > 1 and len(devices) < 2:
         yield Problem(
-            f"{where}: kv_net_devices", f"one device ({devices[0]})", "two or more, as the profile spreads KV over several",
+            f"{where}: kv_net_devices", f"one device ({devices[0]})", "two or more: the profile uses several",
             "name the host's other RDMA devices too, or choose kv_fabric: ib",
         )  # fmt: skip
