@@ -70,8 +70,8 @@ NIXL_PLUGIN_FOLDERS = (".nixl_cu12.mesonpy.libs/plugins", "nixl_cu12.libs/nixl")
 NIXL_PLUGINS = ("libplugin_UCX.so",)
 # Directories whose libraries are private to one wheel: what nothing links to can go.
 PRIVATE_LIBRARIES = (".nixl_cu12.mesonpy.libs", "nixl_cu12.libs", "libucx_cu12.libs")
-# Packages of ours that only the controller uses.
-CONTROLLER_ONLY = ("deploy",)
+# Packages of ours that no container uses.
+CONTROLLER_ONLY = ("deploy", "doctor")
 
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014")
 
