@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -102,6 +103,26 @@ def verify(session: nox.Session) -> None:
 def status(session: nox.Session) -> None:
     """Show each service of the inventory: version, health, endpoint."""
     playbook(session, "playbooks/status.yml", *session.posargs)
+
+
+@nox.session(default=False)
+def doctor(session: nox.Session) -> None:
+    """Check every host, read-only: found, wanted, fix; exit 0 fine, 1 warnings, 2 failures (-- -i INVENTORY --json)."""
+    args = list(session.posargs)
+    as_json = "--json" in args
+    if as_json:
+        args.remove("--json")
+    playbook(session, "playbooks/doctor.yml", *args)
+    env = environment(session, "deploy")
+    report = [f"{env['VIRTUAL_ENV']}/bin/python", "-m", "pdstack.doctor.report", *(["--print-json"] if as_json else [])]
+    # Nox knows only 0 and 1 for a session.
+    sys.exit(subprocess.run(report, env=os.environ | env, cwd=ROOT, check=False).returncode)
+
+
+@nox.session(default=False)
+def new_inventory(session: nox.Session) -> None:
+    """Write an inventory for your hosts (-- NAME --hosts h1=10.0.0.1,h2 --prefill 2 --decode 2; --help for all)."""
+    run(session, environment(session, "deploy"), "python", "-m", "pdstack.deploy.new_inventory", *session.posargs)
 
 
 @nox.session(default=False)

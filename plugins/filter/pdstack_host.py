@@ -45,5 +45,6 @@ class FilterModule:
             "pdstack_host_problems": told(hostcheck.problems),
             "pdstack_image_reference": told(image_tag.reference),
             "pdstack_image_references": told(image_tag.references),
+            "pdstack_images_needed": image_tag.needed,
             "pdstack_slurped": slurped,
         }

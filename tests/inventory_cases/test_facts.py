@@ -12,11 +12,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def facts(inventory: Path, *arguments: str, **environment: str) -> str:
-    """Run the facts step, which must fail, and return what it said with single spaces."""
+    """Run the steps that look before anything is changed, which must fail, and return what it said with single spaces."""
     done = subprocess.run(
         [
             *(str(Path(sys.executable).parent / "ansible-playbook"), "-i", "inventories/common", "-i", str(inventory)),
-            *("playbooks/facts.yml", "-e", "pdstack_name=nowhere", "-e", "pdstack_port_offset=30000", *arguments),
+            *(
+                "playbooks/facts.yml",
+                "playbooks/preflight.yml",
+                "-e",
+                "pdstack_name=nowhere",
+                "-e",
+                "pdstack_port_offset=30000",
+                *arguments,
+            ),
         ],
         cwd=ROOT,
         env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"} | environment,

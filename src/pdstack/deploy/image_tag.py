@@ -76,3 +76,18 @@ def references(
             inputs["sources"] = tree_digest(root / entry["sources"], entry.get("exclude", ()))
         found[image] = reference(prefix, image, inputs)
     return found
+
+
+def needed(topology: Mapping[str, Any], host: str, *, engine: str, coordination_image: str = "own") -> list[str]:
+    """Return which of our own images `host` runs: etcd, nats, worker.
+
+    With the engine trtllm frontend and workers run in the runtime image; with `coordination_image` runtime, etcd and
+    NATS do so too.
+    """
+    runs = {
+        "etcd": coordination_image == "own" and any(entry["host"] == host for entry in topology["etcd"]),
+        "nats": coordination_image == "own" and any(entry["host"] == host for entry in topology["nats"]),
+        "worker": engine == "reference"
+        and any(entry["host"] == host for entry in [*topology["frontends"], *topology["workers"]]),
+    }
+    return [image for image, wanted in runs.items() if wanted]

@@ -96,3 +96,24 @@ def test_a_registry_changes_the_name_and_not_the_tag(tree: Path) -> None:
     here = references(tree)["worker"]
     there = references(tree, prefix="registry.example.org/team/pdstack")["worker"]
     assert there == f"registry.example.org/team/{here}"
+
+
+@pytest.mark.parametrize(
+    ("engine", "coordination_image", "c1", "w1"),
+    [
+        ("reference", "own", ["etcd", "nats", "worker"], ["worker"]),
+        ("trtllm", "own", ["etcd", "nats"], []),
+        ("trtllm", "runtime", [], []),
+    ],
+)
+def test_a_host_needs_the_images_of_what_it_runs(
+    engine: str, coordination_image: str, c1: list[str], w1: list[str]
+) -> None:
+    topology = {
+        "etcd": [{"host": "c1"}],
+        "nats": [{"host": "c1"}],
+        "frontends": [{"host": "c1"}],
+        "workers": [{"host": "w1"}],
+    }
+    for host, images in (("c1", c1), ("w1", w1), ("builder", [])):
+        assert image_tag.needed(topology, host, engine=engine, coordination_image=coordination_image) == images
