@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def facts(inventory: Path, *arguments: str, **environment: str) -> str:
-    """Run the steps that look before anything is changed, which must fail, and return what it said with single spaces."""
+    """Run the steps that change nothing, which must fail, and return what they said with single spaces."""
     done = subprocess.run(
         [
             *(str(Path(sys.executable).parent / "ansible-playbook"), "-i", "inventories/common", "-i", str(inventory)),
