@@ -254,13 +254,9 @@ REFUSED_OPTIONS: Mapping[str, tuple[str, str]] = {
     "next_endpoint": ("this release has no such option: the frontend decides the order", "remove it"),
 }  # fmt: skip
 
-# Variables of a worker's environment that its entry must not set: why, and what to do.
+# Variables that a worker's entry must not set: why, and what to do. Those that choose a backend or its libraries are in
+# pdstack.deploy.fabrics, which refuses them for profiles too.
 REFUSED_ENV: Mapping[str, tuple[str, str]] = {
-    **{
-        f"TRTLLM_USE_{name}": ("the backend is in the engine's file; this contradicts it or says nothing", fix)
-        for name in ("UCX_KVCACHE", "NIXL_KVCACHE", "MPI_KVCACHE", "MOONCAKE_KVCACHE", "UCX_KV_CACHE", "NIXL_KV_CACHE")
-        for fix in ("set kv_transfer_backend",)
-    },
     "ETCD_ENDPOINTS": ("it is derived from the group etcd", "remove it"),
     "NATS_SERVER": ("it is derived from the group nats", "remove it"),
     "DYN_NAMESPACE": ("it must be one for all", "set pdstack_namespace"),
@@ -275,9 +271,6 @@ REFUSED_ENV: Mapping[str, tuple[str, str]] = {
     "CUDA_VISIBLE_DEVICES": ("it is derived from gpus", "set gpus in the worker's entry"),
     "CUDA_DEVICE_ORDER": ("it is derived from gpus", "remove it"),
     "NVIDIA_VISIBLE_DEVICES": ("it is derived from gpus", "set gpus in the worker's entry"),
-    "LD_LIBRARY_PATH": ("the image's names the one NIXL and UCX that fit each other", "remove it"),
-    "NIXL_PLUGIN_DIR": ("the image's names the plugins of its NIXL", "remove it"),
-    "NIXL_PLUGINS_DIR": ("NIXL reads NIXL_PLUGIN_DIR, and the image sets that", "remove it"),
     "NIXL_BACKEND": ("it breaks the choice of NIXL's plugin", "set TRTLLM_NIXL_KVCACHE_BACKEND"),
     "UCX_NET_DEVICE": ("UCX reads UCX_NET_DEVICES and ignores this", "set kv_net_devices of the host"),
     "TRTLLM_DISAGG_BENCHMARK_GEN_ONLY": ("decode would answer without the prompt's KV", "remove it"),
