@@ -258,7 +258,8 @@ def test_every_field_that_is_offered_is_one_of_the_engine(inventory: Any) -> Non
     tables = {key: table for key, table in trtllm_fields.ENGINE.items() if isinstance(table, dict)}
     script = (
         "import json; from tensorrt_llm.llmapi import llm_args as a; "
-        "models = {'': a.TorchLlmArgs, **a.NESTED}; print(json.dumps({k: list(m.model_fields) for k, m in models.items()}))"
+        "models = {'': a.TorchLlmArgs, **a.NESTED}; "
+        "print(json.dumps({name: list(model.model_fields) for name, model in models.items()}))"
     )
     known = consumers._run(script)
     assert set(trtllm_fields.ENGINE) <= set(known[""])
