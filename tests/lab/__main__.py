@@ -11,16 +11,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from tests.lab import hosts
 
-IMAGES = ("pdstack/base", "pdstack/etcd", "pdstack/nats", "pdstack/worker")
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def built() -> list[str]:
-    """Return the images of a deployment that this machine's engine has, the newest tag of each."""
-    found = [hosts.docker("images", "--format", "{{.Repository}}:{{.Tag}}", image).split() for image in IMAGES]
-    return [names[0] for names in found if names]
+def build_and_copy() -> None:
+    """Build the images that this tree wants on this machine's engine, and copy them into the hosts."""
+    inventories = ("-i", "inventories/common", "-i", "inventories/local")
+    subprocess.run(["ansible-playbook", *inventories, "tests/lab/images.yml"], cwd=ROOT, check=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     up = verbs.add_parser("up", help="start the hosts that do not run yet")
     up.add_argument("--hosts", type=int, default=4, help=f"how many, at most {hosts.MOST} (default %(default)s)")
     up.add_argument("--bare", action="store_true", help="without a container engine: the deployment installs it")
-    images = verbs.add_parser("images", help="copy built images of this machine into the hosts, so that none builds")
-    images.add_argument("image", nargs="*", help="default: the newest of each image of a deployment")
+    images = verbs.add_parser("images", help="build the images here and copy them into the hosts, so that none builds")
+    images.add_argument("image", nargs="*", help="copy these, which are built; default: those of a deployment")
     run = verbs.add_parser("exec", help="run a command on a host")
     run.add_argument("host", type=int, help="its number")
     run.add_argument("command", nargs=argparse.REMAINDER)
@@ -42,14 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.verb == "up":
             print("\n".join(hosts.up(options.hosts, bare=options.bare)))
         elif options.verb == "images":
-            hosts.hand_over(options.image or built(), hosts.running())
+            if options.image:
+                hosts.hand_over(options.image, hosts.running())
+            else:
+                build_and_copy()
         elif options.verb == "down":
             hosts.down()
         else:
             terminal = ["--tty"] if os.isatty(0) else []
             command = ["docker", "exec", "--interactive", *terminal, hosts.name(options.host)]
             return subprocess.run([*command, *(options.command or ["bash"])], check=False).returncode
-    except RuntimeError as error:
+    except (RuntimeError, subprocess.CalledProcessError) as error:
         print(f"lab: {error}", file=sys.stderr)
         return 1
     print(f"lab: {time.monotonic() - started:.0f} s", file=sys.stderr)
