@@ -7,14 +7,11 @@ cannot make its container be recreated.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pdstack.deploy.services import CHECK, Spec
 from pdstack.deploy.topology import CONFIG_MOUNT, Etcd, Nats, Topology, bracketed, container_name
-
-# The programs in the runtime image of engine trtllm, whose own entrypoint would start something else.
-PROGRAMS = {"etcd": "etcd", "nats": "nats-server"}
 
 
 def image_choice(setting: str, *, engine: str, releases: Iterable[str], pinned: str) -> str:
@@ -37,11 +34,24 @@ def bash_http_check(address: str, port: int, path: str) -> dict[str, Any]:
     return {"test": ["CMD", "bash", "-c", script], **CHECK}
 
 
-def etcd(member: Etcd, topology: Topology, *, image: str, version: str, data_dir: str, quota_mib: int) -> Spec:
-    """Return the etcd member; `data_dir` is its directory on the host and in the container."""
+def etcd(
+    member: Etcd,
+    topology: Topology,
+    *,
+    image: str,
+    version: str,
+    data_dir: str,
+    quota_mib: int,
+    entrypoint: Sequence[str] = (),
+) -> Spec:
+    """Return the etcd member; `data_dir` is its directory on the host and in the container.
+
+    `entrypoint` is needed for an image that would start something else.
+    """
     return {
         "name": "etcd",
         "image": image,
+        **({"entrypoint": list(entrypoint)} if entrypoint else {}),
         "command": [
             "--name", member["member"],
             "--data-dir", data_dir,
@@ -97,11 +107,12 @@ def nats_config(server: Nats, topology: Topology, *, store_dir: str, store_mib: 
     return "\n".join([*lines, ""])
 
 
-def nats(server: Nats, *, image: str, version: str, config: str) -> Spec:
-    """Return the NATS server; `config` is the text of nats.conf."""
+def nats(server: Nats, *, image: str, version: str, config: str, entrypoint: Sequence[str] = ()) -> Spec:
+    """Return the NATS server; `config` is the text of nats.conf, `entrypoint` as for etcd."""
     return {
         "name": "nats",
         "image": image,
+        **({"entrypoint": list(entrypoint)} if entrypoint else {}),
         "command": ["--config", f"{CONFIG_MOUNT}/nats.conf"],
         "files": [{"path": "nats.conf", "content": config}],
         "data_dirs": ["."],

@@ -1,7 +1,7 @@
 """Proves that etcd and NATS do what Dynamo needs of them: a write that can be read back, on every member.
 
     python3 prove.py etcd TIMEOUT_S http://10.0.0.1:2379 [http://10.0.0.2:2379 ...]
-    python3 prove.py jetstream TIMEOUT_S nats://10.0.0.1:4222
+    python3 prove.py jetstream TIMEOUT_S nats://10.0.0.1:4222 [nats://10.0.0.2:4222 ...] [http://10.0.0.1:8222 ...]
 
 Standard library only, and in one file: the playbooks feed it to the python3 of a host. Both proofs use names of their
 own (a random part) and remove them again. Exit 0 with one line of what was proved, or 1 with found, wanted and fix.
@@ -106,32 +106,65 @@ class NatsClient:
         raise Unproved("the server closed the connection")
 
 
-def prove_jetstream(server: str) -> str:
-    """Make a stream, store a message, read it back, delete the stream; return what was proved."""
+def nats_health(monitor: str) -> None:
+    """Ask a server whether it and its part of JetStream are up to date; Unproved with what it says otherwise."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{monitor}/healthz", timeout=CALL_TIMEOUT_S):
+            return
+    except urllib.error.HTTPError as error:
+        raise Unproved(f"{monitor}/healthz: {error.read(300).decode(errors='replace').strip()}") from error
+    except OSError as error:
+        raise Unproved(f"{monitor}/healthz: {getattr(error, 'reason', None) or error}") from error
+
+
+def stored(client: NatsClient, stream: str, sequence: int) -> bytes:
+    """Return a message of a stream."""
+    request = json.dumps({"seq": sequence}).encode()
+    return base64.b64decode(client.request(f"$JS.API.STREAM.MSG.GET.{stream}", request)["message"]["data"])
+
+
+def prove_jetstream(*servers: str) -> str:
+    """Store a message on every server, read it back through each, delete it; return what was proved.
+
+    `servers` are the NATS URLs of a cluster or of a server that stands alone, and http URLs of their monitors. A
+    stream that has a replica on each server can be made only while all of them are up.
+    """
+    urls = [server for server in servers if not server.startswith("http")]
     name = f"pdstack-probe-{secrets.token_hex(6)}"
     subject = f"pdstack.probe.{secrets.token_hex(6)}"
     payload = secrets.token_hex(16).encode()
+    at = urls[0]
     try:
-        client = NatsClient(server)
+        for monitor in set(servers) - set(urls):
+            nats_health(monitor)
+        client = NatsClient(at)
     except OSError as error:
-        raise Unproved(f"{server}: {error}") from error
+        raise Unproved(f"{at}: {error}") from error
+    clients = [client]
     try:
-        stream = {"name": name, "subjects": [subject], "storage": "file", "max_bytes": 65536, "num_replicas": 1}
+        stream = {
+            "name": name, "subjects": [subject], "storage": "file", "max_bytes": 65536, "num_replicas": len(urls),
+        }  # fmt: skip
         client.request(f"$JS.API.STREAM.CREATE.{name}", json.dumps(stream).encode())
         try:
-            stored = client.request(subject, payload)
-            sequence = json.dumps({"seq": stored["seq"]}).encode()
-            read = client.request(f"$JS.API.STREAM.MSG.GET.{name}", sequence)["message"]["data"]
-            if base64.b64decode(read) != payload:
-                raise Unproved(f"{server}: the message that was just stored reads as {read!r}")
+            sequence = client.request(subject, payload)["seq"]
+            for at in urls:
+                peer = client if at == urls[0] else NatsClient(at)
+                clients.append(peer)
+                if (read := stored(peer, name, sequence)) != payload:
+                    raise Unproved(f"{at}: the message that was just stored reads as {read!r}")
         finally:
             with contextlib.suppress(Unproved):
                 client.request(f"$JS.API.STREAM.DELETE.{name}")
     except (OSError, KeyError, ValueError) as error:
-        raise Unproved(f"{server}: {error or type(error).__name__}") from error
+        raise Unproved(f"{at}: {error or type(error).__name__}") from error
     finally:
-        client.close()
-    return f"NATS: JetStream of {server} stored a message on disk and gave it back"
+        for peer in clients:
+            peer.close()
+    if len(urls) == 1:
+        return f"NATS: JetStream of {urls[0]} stored a message on disk and gave it back"
+    return f"NATS: JetStream stored a message on {len(urls)} servers, and it was read through each"
 
 
 def until(proof: Callable[[], str], timeout_s: float) -> str:
@@ -151,11 +184,11 @@ def main(arguments: list[str]) -> int:
     what, timeout_s, *urls = arguments
     proofs: dict[str, Callable[[], str]] = {
         "etcd": lambda: prove_etcd(urls),
-        "jetstream": lambda: prove_jetstream(urls[0]),
+        "jetstream": lambda: prove_jetstream(*urls),
     }
     wanted = {
         "etcd": ("a key written and read back through every member", "etcd"),
-        "jetstream": ("a message stored by JetStream and read back", "nats"),
+        "jetstream": ("a message stored by JetStream and read back through every server", "nats"),
     }[what]
     try:
         sys.stdout.write(until(proofs[what], float(timeout_s)) + "\n")

@@ -58,7 +58,7 @@ def frontend(
         "command": command,
         "env": {
             "ETCD_ENDPOINTS": ",".join(topology["etcd_endpoints"]),
-            "NATS_SERVER": topology["nats_server"],
+            "NATS_SERVER": entry["nats_server"],
             "DYN_LOG": "info",
             "DYN_SDK_DISABLE_ANSI_LOGGING": "1",
             "HOME": SCRATCH,
@@ -92,7 +92,7 @@ def worker_config(
         "model_name": model_name,
         "model_path": model_dir,
         "etcd_endpoints": list(topology["etcd_endpoints"]),
-        "nats_server": topology["nats_server"],
+        "nats_server": worker["nats_server"],
         "status": {"host": worker["address"], "port": worker["status_port"]},
         "engine": {**engine, **worker["engine"]},
         "transfer": {

@@ -6,6 +6,7 @@ the same groups and variables give the same topology, in the order of the invent
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -57,6 +58,7 @@ class Frontend(TypedDict):
     port: int
     url: str
     container: str
+    nats_server: str
 
 
 class Worker(TypedDict):
@@ -75,6 +77,7 @@ class Worker(TypedDict):
     transfer_port: int
     status_url: str
     container: str
+    nats_server: str
     engine: dict[str, Any]
     env: dict[str, str]
     gpus: list[int]
@@ -92,7 +95,7 @@ class Topology(TypedDict):
     workers: list[Worker]
     etcd_endpoints: list[str]
     etcd_initial_cluster: str
-    nats_server: str
+    nats_servers: list[str]
 
 
 class PortUse(TypedDict):
@@ -125,6 +128,20 @@ def worker_items(variables: Mapping[str, Any], role: str) -> list[Mapping[str, A
     if not isinstance(items, Sequence) or isinstance(items, str):
         return []
     return [item for item in items if isinstance(item, Mapping)]
+
+
+def nats_server(host: str, servers: Sequence[Nats]) -> str:
+    """Return the NATS server that the clients on `host` begin with: the host's own, else one that its name picks.
+
+    Dynamo 0.7 takes one URL (a list is refused). Of the others of the cluster it learns on connecting, and goes on
+    with one of them, without losing a request, when its own is lost (tests/integration/test_clusters.py); but a
+    client that starts needs the server it begins with, so the hosts are spread over all.
+    """
+    if not servers:
+        return ""
+    own = [server["url"] for server in servers if server["host"] == host]
+    # By name, so that a host more changes nothing for the others.
+    return own[0] if own else servers[zlib.crc32(host.encode()) % len(servers)]["url"]
 
 
 def container_name(deployment: str, service: str) -> str:
@@ -182,6 +199,7 @@ def build(
             "port": port["frontend"],
             "url": f"http://{bracketed(address[host])}:{port['frontend']}",
             "container": container_name(name, "frontend"),
+            "nats_server": nats_server(host, nats),
         }
         for host in groups.get("frontend", ())
     ]
@@ -191,10 +209,10 @@ def build(
         "etcd": etcd,
         "nats": nats,
         "frontends": frontends,
-        "workers": _workers(str(settings["engine"]), name, groups, hosts, address, port),
+        "workers": _workers(str(settings["engine"]), name, groups, hosts, address, port, nats),
         "etcd_endpoints": [member["client_url"] for member in etcd],
         "etcd_initial_cluster": ",".join(f"{member['member']}={member['peer_url']}" for member in etcd),
-        "nats_server": nats[0]["url"] if nats else "",
+        "nats_servers": [server["url"] for server in nats],
     }
 
 
@@ -205,6 +223,7 @@ def _workers(
     hosts: Mapping[str, Mapping[str, Any]],
     address: Mapping[str, str],
     port: Mapping[str, int],
+    nats: Sequence[Nats],
 ) -> list[Worker]:
     workers: list[Worker] = []
     for role in ROLES:
@@ -230,6 +249,7 @@ def _workers(
                         ),
                         "status_url": f"http://{bracketed(address[host])}:{status_port}",
                         "container": container_name(deployment, name),
+                        "nats_server": nats_server(host, nats),
                         "engine": dict(item.get("engine") or {}),
                         "env": {str(key): str(value) for key, value in (item.get("env") or {}).items()},
                         "gpus": [int(gpu) for gpu in item.get("gpus") or ()],

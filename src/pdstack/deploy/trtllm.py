@@ -145,7 +145,7 @@ def environment(
     """Return the environment of a worker; `fabric_env` is what the fabric's profile makes of the host and backend."""
     found = {
         "ETCD_ENDPOINTS": ",".join(topology["etcd_endpoints"]),
-        "NATS_SERVER": topology["nats_server"],
+        "NATS_SERVER": entry["nats_server"],
         "DYN_NAMESPACE": namespace,
         "DYN_SYSTEM_HOST": entry["address"],
         "DYN_SYSTEM_PORT": str(entry["status_port"]),

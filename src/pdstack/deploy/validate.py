@@ -31,6 +31,7 @@ from pdstack.deploy.schema import (
 )
 
 HIGHEST_PORT = 65535
+MOST_MEMBERS = 5
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 GROUPS = ("etcd", "nats", "frontend", "prefill", "decode")
 # The groups whose hosts belong to a deployment; the last may be empty.
@@ -191,17 +192,18 @@ def _groups(groups: Mapping[str, Sequence[str]]) -> Iterator[Problem]:
                 f"group {group}", "no host", "at least one host",
                 f"put a host into the group {group} (a host may be in several groups)",
             )  # fmt: skip
-    count = len(groups.get("etcd", ()))
-    if count and count % 2 == 0:
-        yield Problem(
-            "group etcd", f"{count} hosts ({', '.join(groups['etcd'])})", "an odd number",
-            f"use {count - 1} or {count + 1}: {count} members lose their quorum as soon as {count - 1} would",
-        )  # fmt: skip
-    if len(groups.get("nats", ())) > 1:
-        yield Problem(
-            "group nats", f"{len(groups['nats'])} hosts ({', '.join(groups['nats'])})", "one host",
-            "keep one: clustered JetStream is not deployed by this version",
-        )  # fmt: skip
+    for group, what in (("etcd", "members"), ("nats", "servers")):
+        count = len(groups.get(group, ()))
+        if count and count % 2 == 0:
+            yield Problem(
+                f"group {group}", f"{count} hosts ({', '.join(groups[group])})", "an odd number",
+                f"use {count - 1} or {count + 1}: {count} {what} lose their quorum as soon as {count - 1} would",
+            )  # fmt: skip
+        elif count > MOST_MEMBERS:
+            yield Problem(
+                f"group {group}", f"{count} hosts", f"1, 3 or {MOST_MEMBERS}",
+                f"take {count - MOST_MEMBERS} out: every write waits for a majority, so more {what} are slower",
+            )  # fmt: skip
 
 
 def _workers(

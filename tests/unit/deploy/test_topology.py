@@ -11,7 +11,7 @@ def test_one_local_host(inventory: Any) -> None:
     built = topology.build(inventory.groups(), inventory.hosts(), inventory.settings(pdstack_name="t"))
     assert built["etcd_endpoints"] == ["http://127.0.0.1:2379"]
     assert built["etcd_initial_cluster"] == "a=http://127.0.0.1:2380"
-    assert built["nats_server"] == "nats://127.0.0.1:4222"
+    assert built["nats_servers"] == ["nats://127.0.0.1:4222"]
     assert [front["url"] for front in built["frontends"]] == ["http://127.0.0.1:8000"]
     assert [(w["name"], w["index"], w["status_port"], w["transfer_port"]) for w in built["workers"]] == [
         ("decode-0", 0, 9150, 9250),
@@ -71,7 +71,7 @@ def test_host_address(variables: dict[str, Any], address: str) -> None:
 
 def test_ipv6_is_bracketed_in_urls(inventory: Any) -> None:
     built = topology.build(inventory.groups(), inventory.hosts(pdstack_address="fd00::1"), inventory.settings())
-    assert built["nats_server"] == "nats://[fd00::1]:4222"
+    assert built["nats_servers"] == ["nats://[fd00::1]:4222"]
 
 
 def test_decode_workers_need_no_transfer_port(inventory: Any) -> None:
@@ -100,3 +100,16 @@ def test_nats_servers_know_each_other(inventory: Any) -> None:
     assert [use["port"] for use in topology.port_uses(built) if "cluster" in use["service"]] == [6222] * 3
     alone = topology.build(inventory.groups(), hosts, inventory.settings())
     assert not [use for use in topology.port_uses(alone) if "cluster" in use["service"]]
+
+
+def test_clients_begin_with_their_own_server_and_the_others_are_spread(inventory: Any) -> None:
+    servers = ["c1", "c2", "c3"]
+    decodes = [f"d{number}" for number in range(30)]
+    hosts = inventory.hosts("a", *servers, *decodes, ansible_connection="ssh")
+    groups = inventory.groups(nats=servers, frontend=["c2"], prefill=["a"], decode=decodes)
+    built = topology.build(groups, hosts, inventory.settings())
+    assert built["frontends"][0]["nats_server"] == "nats://c2:4222"
+    used = {worker["host"]: worker["nats_server"] for worker in built["workers"]}
+    assert set(used.values()) == set(built["nats_servers"])
+    fewer = topology.build(groups | {"decode": decodes[7:]}, hosts, inventory.settings())
+    assert all(used[worker["host"]] == worker["nats_server"] for worker in fewer["workers"])

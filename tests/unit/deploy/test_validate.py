@@ -42,12 +42,15 @@ def test_unknown_choice_is_found(inventory: Any, key: str) -> None:
     assert problems[0].wanted.startswith("one of ")
 
 
-@pytest.mark.parametrize(("count", "problem"), [(1, False), (2, True), (3, False), (4, True), (5, False)])
-def test_etcd_wants_an_odd_number(inventory: Any, count: int, problem: bool) -> None:
+@pytest.mark.parametrize("group", ["etcd", "nats"])
+@pytest.mark.parametrize(
+    ("count", "problem"), [(1, False), (2, True), (3, False), (4, True), (5, False), (6, True), (7, True)]
+)
+def test_a_quorum_wants_an_odd_number(inventory: Any, group: str, count: int, problem: bool) -> None:
     names = [f"h{number}" for number in range(count)]
-    groups = inventory.groups(etcd=names)
+    groups = inventory.groups(**{group: names})
     problems = validate.problems(groups, inventory.hosts("a", *names), inventory.settings())
-    assert any("group etcd" in item.what for item in problems) is problem
+    assert any(f"group {group}" in item.what for item in problems) is problem
 
 
 @pytest.mark.parametrize(
