@@ -837,7 +837,7 @@ def etcd_facts(url: str) -> Facts:
     _, metrics = http_get(url + "/metrics") if healthy else (0, "")
     return {
         "healthy": healthy,
-        "error": "" if healthy else text.strip()[:200],
+        "error": "" if healthy else text.strip()[:200] or f"status {status}",
         "readable": readable,
         "read_error": "" if readable is not False else detail.strip()[:200],
         "fsync_p99_s": histogram_p99(metrics, "etcd_disk_wal_fsync_duration_seconds"),

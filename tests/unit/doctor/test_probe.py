@@ -238,8 +238,9 @@ def test_listeners_with_their_containers(host: Host) -> None:
         ],
         containers=[{"name": "pdstack-a-frontend", "pid": 4000, "deployment": "a", "pid_mode": "host"}],
     )
+    nobody = {"container": "", "deployment": ""}
     assert found["listeners"] == [
-        {"address": "127.0.0.1", "port": 5555, "pid": 700, "process": "nv-hostengine", "container": "", "deployment": ""},
+        {"address": "127.0.0.1", "port": 5555, "pid": 700, "process": "nv-hostengine", **nobody},
         {
             "address": "0.0.0.0", "port": 8000, "pid": 4100, "process": "python3", "container": "pdstack-a-frontend",
             "deployment": "a",

@@ -1,0 +1,110 @@
+"""The doctor over all hosts of an inventory: the command that each is asked with, and the report over their answers."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pdstack.doctor import checks, plan
+from pdstack.doctor import report as written
+
+# Ends the text of the probe on the standard input of a shell; it stands on no line of it.
+END = "PDSTACK_PROBE_ENDS"
+
+
+def commands(
+    topology: Mapping[str, Any],
+    hosts: Sequence[str],
+    settings: Mapping[str, Any],
+    hostvars: Mapping[str, Mapping[str, Any]],
+    *,
+    image: str = "",
+    perf: bool = False,
+) -> dict[str, str]:
+    """Return host -> shell command that runs the probe there.
+
+    The probe comes with the command, on the shell's standard input: it needs no file and none of Ansible's modules on
+    the host, whose Python may be too old for them.
+    """
+    source = (Path(__file__).parent / "probe.py").read_text()
+    found = {}
+    for host in hosts:
+        variables = hostvars[host]
+        root = str(variables.get("pdstack_probe_root") or "/")
+        options = plan.probe_options(plan.build(topology, host, settings, hostvars), root, image=image, perf=perf)
+        python = str(variables.get("pdstack_python") or "/usr/bin/python3")
+        found[host] = f"{shlex.join([python, '-', *options])} <<'{END}'\n{source}\n{END}\n"
+    return found
+
+
+def answer(said: Any) -> tuple[Mapping[str, Any] | None, str]:
+    """Return the facts in what Ansible registered of a host's probe, and the reason when there are none."""
+    if not isinstance(said, Mapping):
+        return None, "it was not asked"
+    if said.get("unreachable"):
+        return None, " ".join(str(said.get("msg") or "no answer").split())[:200]
+    output = str(said.get("stdout") or "")
+    # A login shell may print its greeting before.
+    for line in reversed(output.splitlines()):
+        if line.startswith("{"):
+            try:
+                return json.loads(line), ""
+            except ValueError:
+                break
+    complaint = " ".join(f"{output} {said.get('stderr') or ''} {said.get('msg') or ''}".split())
+    return None, f"the probe gave no facts: {complaint[-200:]}"
+
+
+class Known(Mapping[str, Mapping[str, Any]]):
+    """Every host's variables, with the facts that were read just now."""
+
+    def __init__(self, hostvars: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
+        self.hostvars, self.facts = hostvars, facts
+
+    def __getitem__(self, host: str) -> Mapping[str, Any]:
+        return _With(self.hostvars[host], {"pdstack_probe": self.facts.get(host)})
+
+    def __iter__(self) -> Any:
+        return iter(self.hostvars)
+
+    def __len__(self) -> int:
+        return len(self.hostvars)
+
+
+class _With(Mapping[str, Any]):
+    """Variables with some more: they are looked up one by one, because each costs a template."""
+
+    def __init__(self, variables: Mapping[str, Any], more: Mapping[str, Any]) -> None:
+        self.variables, self.more = variables, more
+
+    def __getitem__(self, name: str) -> Any:
+        return self.more[name] if name in self.more else self.variables[name]
+
+    def __iter__(self) -> Any:
+        return iter({**self.variables, **self.more})
+
+    def __len__(self) -> int:
+        return len({**self.variables, **self.more})
+
+
+def report(
+    topology: Mapping[str, Any],
+    hosts: Sequence[str],
+    settings: Mapping[str, Any],
+    hostvars: Mapping[str, Mapping[str, Any]],
+    register: str = "pdstack_r_probe",
+) -> dict[str, Any]:
+    """Return the report over what the hosts answered, kept in their variable `register`."""
+    answers = {host: answer(hostvars[host].get(register)) for host in hosts}
+    known = Known(hostvars, {host: facts for host, (facts, _) in answers.items()})
+    rows = {}
+    for host, (facts, reason) in answers.items():
+        if facts is None:
+            rows[host] = [checks.unreachable(host, reason).as_dict()]
+        else:
+            wanted = plan.build(topology, host, settings, known)
+            rows[host] = [result.as_dict() for result in checks.evaluate(facts, wanted)]
+    return written.report(rows)
