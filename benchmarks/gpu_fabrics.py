@@ -58,14 +58,14 @@ def clean(extra: Mapping[str, str]) -> dict[str, str]:
 
 
 def nixl_environment() -> dict[str, str]:
-    """Where a NIXL wheel keeps its plugins, for the wheels that do not find them by themselves."""
+    """Where a NIXL wheel keeps its plugins and UCX's modules: not every release finds them by itself."""
     for name in ("nixl_cu13", "nixl_cu12"):
         found = importlib.util.find_spec(name)
         if found and found.submodule_search_locations:
             site = Path(next(iter(found.submodule_search_locations))).parent
             for folder in (site / f"{name}.libs/nixl", site / f".{name}.mesonpy.libs/plugins"):
                 if folder.is_dir():
-                    return {"NIXL_PLUGIN_DIR": str(folder)}
+                    return {"NIXL_PLUGIN_DIR": str(folder), "UCX_MODULE_DIR": str(site / f"{name}.libs/ucx")}
     return {}
 
 
@@ -254,20 +254,21 @@ def measure_nixl(kind: str, environment: Mapping[str, str]) -> Record:
             there = prefill.ask(do="describe")
             limit = decode.ask(do="copy")
             record["copy_gbs"] = round(limit.get("gbs", 0.0), 1)
-            if "error" in there or "error" in limit:
-                return record | {"error": there.get("error") or limit.get("error")}
-            said = decode.ask(do="connect", metadata=there["metadata"], address=there["address"])
+            failed: str | None = there.get("error") or limit.get("error")
+            if not failed:
+                failed = decode.ask(do="connect", metadata=there["metadata"], address=there["address"]).get("error")
             for label, block in (("whole_gbs", REGION), ("blocks_32k_gbs", BLOCK)):
-                answer = said if "error" in said else decode.ask(do="read", block=block)
-                if "error" in answer:
-                    return record | {"error": answer["error"]}
-                if answer["digest"] != there["digest"]:
-                    return record | {"error": f"{label}: the bytes that arrived are not those that were there"}
-                record[label] = round(answer["gbs"], 2)
+                answer: Record = {"error": failed} if failed else decode.ask(do="read", block=block)
+                failed = answer.get("error")
+                if not failed and answer["digest"] != there["digest"]:
+                    failed = f"{label}: the bytes that arrived are not those that were there"
+                if not failed:
+                    record[label] = round(answer["gbs"], 2)
+            if failed:
+                record["error"] = failed
         finally:
             logs = [prefill.end(), decode.end()]
-            record |= told(logs, logs[1])
-        return record
+        return record | told(logs, logs[1])
 
 
 def told(logs: list[str], reader: str) -> Record:
