@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
+from pdstack.deploy import fabrics, services
 from pdstack.deploy.services import CHECK, Spec
-from pdstack.deploy.topology import CONFIG_MOUNT, Topology, Worker
+from pdstack.deploy.topology import CONFIG_MOUNT, Frontend, Topology, Worker
 from pdstack.deploy.trtllm_fields import UNSET
 
 ENGINE_FILE = "engine.yaml"
@@ -170,7 +171,7 @@ def ulimits(fabric: Sequence[str], memlock: str) -> list[str]:
     return [f"{name}:{value}" for name, value in sorted(found.items())]
 
 
-def health_check(url: str, *, start_period: str) -> dict[str, Any]:
+def health_check(url: str, *, start_period: Any) -> dict[str, Any]:
     """Return a health check that wants HTTP 200 from `url`, with nothing but the image's python3."""
     return {"test": ["CMD", "python3", "-S", "-E", "-c", HEALTH, url], **CHECK, "start_period": start_period}
 
@@ -244,9 +245,49 @@ def nodes(devices: Sequence[str], gpus: Sequence[int], *, every: bool) -> list[s
     return sorted(path for path in devices if wanted(path))
 
 
-def frontend_command(words: Sequence[str]) -> list[str]:
-    """Return the frontend's command for an image whose entrypoint runs whatever it is given."""
-    return ["python3", "-m", *words]
+def rendered(
+    entry: Worker,
+    topology: Topology,
+    *,
+    defaults: Mapping[str, Any],
+    site: Mapping[str, Any],
+    max_input_tokens: int,
+    timeout_ms: int,
+    backend: str,
+    fabric: Mapping[str, Any],
+    host: Mapping[str, Any],
+    **known: Any,
+) -> Spec:
+    """Return a worker from the settings of the inventory.
+
+    `fabric` is a profile of `kv_fabrics`, `host` the variables of the worker's host that it takes, `known` the rest of
+    what `worker` takes.
+    """
+    config = engine_config(
+        entry["role"], entry["engine"], len(entry["gpus"]), defaults=defaults, site=site, backend=backend,
+        max_input_tokens=max_input_tokens, timeout_ms=timeout_ms,
+    )  # fmt: skip
+    return worker(
+        entry, topology, config, backend=backend, fabric=fabrics.container(fabric),
+        fabric_env=fabrics.environment(fabric, host, engine=fabrics.TRTLLM, backend=backend), **known,
+    )  # fmt: skip
+
+
+def frontend(entry: Frontend, topology: Topology, *, router_mode: str, **known: Any) -> Spec:
+    """Return the frontend in the runtime image, whose entrypoint runs what it is given, as the image's user."""
+    spec = services.frontend(entry, topology, router_mode=router_mode, **known)
+    command = ["python3", "-m", *spec["command"]]
+    if router_mode == "kv" and len(topology["frontends"]) > 1:
+        # Else each knows only of the blocks and requests that went through it.
+        command.append("--router-replica-sync")
+    return {
+        **spec,
+        "command": command,
+        "env": {**spec["env"], "HF_HUB_OFFLINE": "1"},
+        "user": USER,
+        "healthcheck": health_check(f"{entry['url']}/health", start_period=CHECK["start_period"]),
+        "labels": {**spec["labels"], "pdstack.engine": "trtllm"},
+    }
 
 
 def inflight(metrics: str) -> int:

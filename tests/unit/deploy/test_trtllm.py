@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 from typing import Any
 
 import pytest
@@ -190,17 +191,61 @@ def test_the_engine_s_file_is_yaml_without_surprises(inventory: Any) -> None:
     assert "*" not in text
 
 
+def frontend(deployment: Deployment, **changed: Any) -> Any:
+    known: dict[str, Any] = {
+        "image": "i:1", "version": "0.7", "namespace": "t", "model_dir": "/models/m", "router_mode": "random",
+        "block_size": 32,
+    }  # fmt: skip
+    return trtllm.frontend(deployment.topology["frontends"][0], deployment.topology, **known | changed)
+
+
+@pytest.mark.parametrize("router_mode", ["random", "kv", "round-robin"])
+def test_dynamo_takes_the_frontend_s_command(router_mode: str, inventory: Any) -> None:
+    deployment = Deployment(inventory)
+    deployment.hosts["b"]["pdstack_address"] = "10.0.0.2"
+    deployment.groups["frontend"] = ["a", "b"]
+    spec = frontend(deployment, router_mode=router_mode)
+    read = consumers.frontend_options(spec["command"])
+    assert (read["http_host"], read["http_port"], read["namespace"]) == ("10.0.0.1", 8000, "t")
+    assert read["enforce_disagg"] is True
+    assert (read["router_mode"], read["kv_cache_block_size"]) == (router_mode, 32 if router_mode == "kv" else None)
+    assert read["router_replica_sync"] is (router_mode == "kv")
+    assert spec["user"] == "1000:0"
+    assert spec["volumes"] == ["/models/m:/models/m:ro"]
+    assert service.errors(spec, "t") == []
+
+
+def test_a_misspelt_option_of_the_frontend_fails_in_the_real_parser(inventory: Any) -> None:
+    command = frontend(Deployment(inventory))["command"]
+    with pytest.raises(ValueError, match="unrecognized arguments: --enforce-disaggregation"):
+        consumers.frontend_options([*command, "--enforce-disaggregation"])
+
+
+@pytest.mark.parametrize("backend", ["ucx", "nixl"])
+def test_profiles_of_the_fabric_reach_the_container(backend: str, inventory: Any) -> None:
+    deployment = Deployment(inventory, kv_transfer_backend=backend)
+    entry = deployment.entry("decode-0")
+    spec = trtllm.rendered(
+        entry, deployment.topology, defaults=deployment.settings["trtllm_engine_defaults"], site={},
+        max_input_tokens=8192, timeout_ms=60000, backend=backend, fabric=inventory.common["kv_fabrics"]["ib"],
+        host={"kv_net_devices": ["mlx5_0:1"], "kv_interface": "eth1"}, image="i:1", version="0.7", namespace="t",
+        model_name="m", model_dir="/m", options={}, router_mode="random", migration_limit=0, gpu_mode="cdi",
+    )  # fmt: skip
+    assert spec["env"]["UCX_NET_DEVICES"] == "mlx5_0:1"
+    assert spec["env"][f"TRTLLM_{backend.upper()}_INTERFACE"] == "eth1"
+    assert spec["env"]["UCX_PROTO_INFO"] == "y"
+    assert (spec["devices"], spec["pid_mode"], spec["gpus"]["visible"]) == (["/dev/infiniband"], "host", "all")
+
+
+def test_the_health_check_wants_200_with_the_image_s_python_alone() -> None:
+    found = trtllm.health_check("http://127.0.0.1:9/health", start_period="1800s")
+    assert found["test"][:2] == ["CMD", "python3"]
+    assert subprocess.run(found["test"][1:], check=False, capture_output=True, timeout=20).returncode != 0
+
+
 def test_a_change_of_backend_changes_workers_and_nothing_else(inventory: Any) -> None:
-    from pdstack.deploy import services
-
-    def front(backend: str) -> Any:
-        deployment = Deployment(inventory, kv_transfer_backend=backend)
-        return services.frontend(
-            deployment.topology["frontends"][0], deployment.topology, image="i:1", version="0.7", namespace="t",
-            model_dir="/models/m", router_mode="random", block_size=32,
-        )  # fmt: skip
-
-    assert front("ucx") == front("nixl")
+    ucx, nixl = (frontend(Deployment(inventory, kv_transfer_backend=backend)) for backend in ("ucx", "nixl"))
+    assert ucx == nixl
     assert Deployment(inventory).spec("decode-0") != Deployment(inventory, kv_transfer_backend="nixl").spec("decode-0")
 
 
