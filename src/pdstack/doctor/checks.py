@@ -940,8 +940,10 @@ def _ucx(facts: Facts, plan: Plan) -> Outcome:
             "no complaint of UCX about its environment",
             "correct the fabric's env: a device or transport that is not there, or a misspelt name",
         )
-    missing = [name for name in plan["fabric"]["transports"] if not _has_transport(name, ucx["transports"])]
-    if missing:
+    # KV may go over any of them, but GPU memory within a host over cuda_ipc alone.
+    promised = plan["fabric"]["transports"]
+    missing = [name for name in promised if not _has_transport(name, ucx["transports"])]
+    if "cuda_ipc" in missing or (missing and len(missing) == len(promised)):
         return bad(
             f"there are {listed(ucx['transports'])}",
             listed(missing),

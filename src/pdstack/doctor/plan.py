@@ -47,16 +47,22 @@ def fabric(name: str, profile: Mapping[str, Any]) -> dict[str, Any]:
     transports = [str(entry) for entry in profile.get("transports") or ()]
     rdma = profile.get("net_devices") == "rdma" or any(entry.split("_")[0] in RDMA for entry in transports)
     ipc = "cuda_ipc" in transports
-    kind = "rdma" if rdma else "tcp"
-    if ipc and not rdma:
-        kind = "nvlink" if name.startswith("nvlink") else "pcie"
+    # Without the switch UCX reads over cuda_ipc only where it finds NVLink.
+    without = str((profile.get("env") or {}).get("UCX_CUDA_IPC_ENABLE_GET_ZCOPY", "")).lower() in (
+        "on",
+        "y",
+        "yes",
+        "1",
+    )
+    nvlink = ipc and not without
+    kind = "nvlink" if nvlink else "pcie" if ipc else "rdma" if rdma else "tcp"
     return {
         "name": name,
         "scope": profile.get("scope") or ("host" if profile.get("pid_mode") == "host" else "network"),
         "transports": transports,
         "rdma": rdma,
         "ipc": ipc,
-        "nvlink": name.startswith("nvlink"),
+        "nvlink": nvlink,
         "pid_mode": profile.get("pid_mode") or "private",
         "ipc_mode": profile.get("ipc_mode") or "private",
         "least_mb_s": LEAST_MB_S[kind],
@@ -132,24 +138,33 @@ def build(
     they were read (for what must be equal on all hosts).
     """
     # A host that carries the doctor alone has no deployment to plan.
+    from pdstack.deploy import fabrics
     from pdstack.deploy.topology import host_address, port_uses
 
     variables = hostvars[host]
     workers = [worker for worker in topology["workers"] if worker["host"] == host]
-    gpu_host = bool(workers) and settings.get("engine") == "trtllm"
+    gpu_host = bool(workers) and settings.get("engine") == fabrics.TRTLLM
     etcd = [member for member in topology["etcd"] if member["host"] == host]
     name = str(variables.get("kv_fabric") or settings.get("kv_fabric") or "")
-    profile = (settings.get("kv_fabrics") or {}).get(name) or {}
-    env = {str(key): str(value) for key, value in (profile.get("env") or {}).items()}
+    engine = str(settings.get("engine") or "reference")
+    profile: dict[str, Any] = {}
+    env: dict[str, str] = {}
+    if workers and name in (settings.get("kv_fabrics") or {}):
+        profile = fabrics.effective(settings["kv_fabrics"][name], engine)
+        backend = str(settings.get("kv_transfer_backend") or "ucx")
+        env = fabrics.environment(settings["kv_fabrics"][name], variables, engine=engine, backend=backend)
     for worker in workers:
         env |= worker["env"]
+    carried = fabric(name, profile)
+    if "cuda_ipc" in (profile.get("same_host") or ()) and len({worker["role"] for worker in workers}) > 1:
+        carried["ipc"] = True
     versions = settings.get("versions") or {}
     used = sorted({index for worker in workers for index in worker.get("gpus") or ()})
     wanted = empty() | {
         "host": host,
         "address": host_address(host, variables),
         "deployment": topology["name"],
-        "engine": settings.get("engine", "reference"),
+        "engine": engine,
         "roles": _roles(topology, host),
         "gpu_host": gpu_host,
         "gpu_count": number(variables.get("gpu_count"), max(used) + 1 if used else 0) if gpu_host else 0,
@@ -159,7 +174,7 @@ def build(
         **{key: str((versions.get("gpu") or {}).get(key, value)) for key, value in GPU_VERSIONS.items()},
         "gpu_request": str(variables.get("gpu_request") or settings.get("gpu_request") or "auto"),
         "mig": str(variables.get("gpu_mig") or "Disabled"),
-        "fabric": fabric(name, profile),
+        "fabric": carried,
         "net_devices": [str(entry) for entry in variables.get("kv_net_devices") or ()],
         "interface": str(variables.get("kv_interface") or ""),
         "env_interfaces": sorted({env[key] for key in INTERFACES if env.get(key)}),
