@@ -70,7 +70,8 @@ class Field:
             "bool": isinstance(value, bool),
             "str": isinstance(value, str),
             "list": isinstance(value, list | tuple) and all(isinstance(item, str) for item in value),
-            "ints": isinstance(value, list | tuple) and all(type(item) is int for item in value),
+            "ints": isinstance(value, list | tuple)
+            and all(isinstance(item, int) and not isinstance(item, bool) for item in value),
             "dict": isinstance(value, Mapping),
             "strings": isinstance(value, Mapping) and all(isinstance(item, str) for item in value.values()),
         }[self.kind]
