@@ -40,6 +40,10 @@ def problems(groups: Mapping[str, Sequence[str]], hostvars: Any, settings: Mappi
     return validate.render(found) if found else ""
 
 
+def notes(groups: Mapping[str, Sequence[str]], hostvars: Any, settings: Mapping[str, Any]) -> list[str]:
+    return validate.notes(groups, _members(groups, hostvars), settings)
+
+
 def obstacles_text(survey: Any, deployment: Any, host: str, **known: Any) -> str:
     return obstacles.render(obstacles.find(survey, deployment, host, **known), host)
 
@@ -79,6 +83,7 @@ class FilterModule:
             "pdstack_project_path": project_path,
             "pdstack_topology": build,
             "pdstack_problems": problems,
+            "pdstack_notes": notes,
             "pdstack_controller_serves": controller_serves,
             "pdstack_obstacles": obstacles_text,
             "pdstack_connections": connections,

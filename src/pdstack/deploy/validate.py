@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pdstack.deploy import topology, versions
-from pdstack.deploy.problem import Problem, show
+from pdstack.deploy import fabrics, fleet, gpuhosts, topology, trtllm_checks, versions
+from pdstack.deploy.problem import Problem, by_value, mapping, on, show
 from pdstack.deploy.schema import (
     CHOICES,
     ENGINE_SETTINGS,
     FABRIC,
+    GPU_HOST,
     GPU_VERSIONS,
     GPU_WORKER,
     MODEL_SOURCES,
@@ -26,7 +27,6 @@ from pdstack.deploy.schema import (
     TRTLLM_RUNTIME,
     VERSIONS,
     WORKER,
-    Field,
     closest,
 )
 
@@ -37,7 +37,7 @@ GROUPS = ("etcd", "nats", "frontend", "prefill", "decode")
 # The groups whose hosts belong to a deployment; the last may be empty.
 HOST_GROUPS = (*GROUPS, "image_build")
 
-__all__ = ["GROUPS", "HOST_GROUPS", "Problem", "problems", "render"]
+__all__ = ["GROUPS", "HOST_GROUPS", "Problem", "notes", "problems", "render"]
 
 
 def problems(
@@ -49,11 +49,21 @@ def problems(
     """
     found = [*_scalars(settings), *_choices(settings), *_dicts(settings, hosts), *_groups(groups)]
     found += _workers(groups, hosts, settings)
-    found += [*_gates(settings, hosts), *_one_host_fabrics(groups, settings, hosts)]
+    found += [*_gates(settings, hosts), *fleet.problems(groups, hosts, settings)]
     # The topology can only be derived from settings of the right types.
     if not any(problem.what.startswith(("pdstack_", "prefill_workers", "decode_workers")) for problem in found):
         found += [*_ports(groups, hosts, settings)]
-    return found
+    found += [*gpuhosts.problems(groups, hosts, settings), *_fabrics(groups, hosts, settings, found)]
+    found += trtllm_checks.problems(groups, hosts, settings)
+    # What is wrong with a profile is wrong on every host that uses it.
+    return list(dict.fromkeys(found))
+
+
+def notes(
+    groups: Mapping[str, Sequence[str]], hosts: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]
+) -> list[str]:
+    """Return what an operator should know of an inventory without problems: it can be meant, or be forgotten."""
+    return [*fleet.placeholders(hosts), *gpuhosts.unused(groups, hosts, settings)]
 
 
 def render(found: Sequence[Problem]) -> str:
@@ -109,41 +119,19 @@ def _choices(settings: Mapping[str, Any]) -> Iterator[Problem]:
             )  # fmt: skip
 
 
-def _mapping(what: str, value: object, fields: Mapping[str, Field], required: bool = True) -> Iterator[Problem]:
-    """Check a dict variable key by key: no unknown key, no missing one, every value of its type and range."""
-    if not isinstance(value, Mapping):
-        yield Problem(what, show(value), f"a mapping with the keys {', '.join(fields)}", f"write {what} as a mapping")
-        return
-    for key in value:
-        if key not in fields:
-            yield Problem(
-                f"{what}.{key}", "an unknown key", f"one of {', '.join(fields)}",
-                f"remove it or correct its spelling{closest(str(key), list(fields))}",
-            )  # fmt: skip
-    for key, field in fields.items():
-        if key not in value:
-            if required and field.required:
-                yield Problem(
-                    f"{what}.{key}", "nothing", field.text,
-                    f"add it: a dict variable replaces the whole default, copy {what} from inventories/common",
-                )  # fmt: skip
-        elif (wrong := field.wrong(value[key])) is not None:
-            yield Problem(f"{what}.{key}", show(value[key]), wrong, f"correct {what}.{key}")
-
-
 def _dicts(settings: Mapping[str, Any], hosts: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
-    yield from _mapping("pdstack_ports", settings.get("pdstack_ports"), PORTS)
-    yield from _mapping("engine_defaults", settings.get("engine_defaults"), ENGINE_SETTINGS)
-    yield from _mapping("transfer_defaults", settings.get("transfer_defaults"), TRANSFER_SETTINGS)
-    yield from _mapping("transfer_settings", settings.get("transfer_settings"), TRANSFER_SETTINGS, required=False)
+    yield from mapping("pdstack_ports", settings.get("pdstack_ports"), PORTS)
+    yield from mapping("engine_defaults", settings.get("engine_defaults"), ENGINE_SETTINGS)
+    yield from mapping("transfer_defaults", settings.get("transfer_defaults"), TRANSFER_SETTINGS)
+    yield from mapping("transfer_settings", settings.get("transfer_settings"), TRANSFER_SETTINGS, required=False)
     pinned = settings.get("versions")
-    yield from _mapping("versions", pinned, VERSIONS)
+    yield from mapping("versions", pinned, VERSIONS)
     if isinstance(pinned, Mapping):
         for key, fields in (("trtllm_runtime", TRTLLM_RUNTIME), ("gpu", GPU_VERSIONS)):
             if isinstance(pinned.get(key), Mapping):
-                yield from _mapping(f"versions.{key}", pinned[key], fields)
-    yield from _mapping("trtllm_engine_defaults", settings.get("trtllm_engine_defaults"), TRTLLM_ENGINE)
-    yield from _mapping("trtllm_engine", settings.get("trtllm_engine"), TRTLLM_ENGINE)
+                yield from mapping(f"versions.{key}", pinned[key], fields)
+    yield from mapping("trtllm_engine_defaults", settings.get("trtllm_engine_defaults"), TRTLLM_ENGINE)
+    yield from mapping("trtllm_engine", settings.get("trtllm_engine"), TRTLLM_ENGINE)
     if not isinstance(settings.get("trtllm_args"), Mapping):
         yield Problem(
             "trtllm_args", show(settings.get("trtllm_args")), "a mapping of options", "write trtllm_args as a mapping"
@@ -155,33 +143,15 @@ def _dicts(settings: Mapping[str, Any], hosts: Mapping[str, Mapping[str, Any]]) 
         )
         fabrics = {}
     for name, profile in fabrics.items():
-        yield from _mapping(f"kv_fabrics.{name}", profile, FABRIC)
-    for value, names in _by_value(hosts, "engine_settings"):
-        yield from _mapping(f"engine_settings{_on(names, hosts)}", value, ENGINE_SETTINGS, required=False)
-    for value, names in _by_value(hosts, "kv_fabric"):
+        yield from mapping(f"kv_fabrics.{name}", profile, FABRIC)
+    for value, names in by_value(hosts, "engine_settings"):
+        yield from mapping(f"engine_settings{on(names, hosts)}", value, ENGINE_SETTINGS, required=False)
+    for value, names in by_value(hosts, "kv_fabric"):
         if value not in list(fabrics):
             yield Problem(
-                f"kv_fabric{_on(names, hosts)}", show(value), f"one of {', '.join(map(str, fabrics))}",
+                f"kv_fabric{on(names, hosts)}", show(value), f"one of {', '.join(map(str, fabrics))}",
                 f"choose a profile of kv_fabrics, or add one{closest(str(value), list(fabrics))}",
             )  # fmt: skip
-
-
-def _by_value(hosts: Mapping[str, Mapping[str, Any]], key: str) -> Iterator[tuple[Any, list[str]]]:
-    """Group the hosts by the value they have for `key`, so that a fleet-wide mistake is told once."""
-    seen: list[tuple[Any, list[str]]] = []
-    for host, variables in hosts.items():
-        value = variables.get(key)
-        for other, names in seen:
-            if other == value:
-                names.append(host)
-                break
-        else:
-            seen.append((value, [host]))
-    yield from seen
-
-
-def _on(names: Sequence[str], hosts: Mapping[str, Any]) -> str:
-    return "" if len(names) == len(hosts) else f" on {', '.join(names)}"
 
 
 def _groups(groups: Mapping[str, Sequence[str]]) -> Iterator[Problem]:
@@ -224,11 +194,11 @@ def _workers(
                 continue
             for position, item in enumerate(items):
                 what = f"{key}[{position}] on {host}"
-                yield from _mapping(what, item, GPU_WORKER if trtllm else WORKER, required=False)
+                yield from mapping(what, item, GPU_WORKER if trtllm else WORKER, required=False)
                 if not isinstance(item, Mapping):
                     continue
                 if isinstance(item.get("engine"), Mapping) and not trtllm:
-                    yield from _mapping(f"{what}.engine", item["engine"], ENGINE_SETTINGS, required=False)
+                    yield from mapping(f"{what}.engine", item["engine"], ENGINE_SETTINGS, required=False)
                 name = item.get("name") or f"{role}-{count}"
                 count += 1
                 if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -256,33 +226,15 @@ def _gates(settings: Mapping[str, Any], hosts: Mapping[str, Mapping[str, Any]]) 
             f"tensorrt-llm {versions.NIXL_NEEDS_TENSORRT_LLM} or later (PEP 440)",
             "set versions.tensorrt_llm to such a release, or kv_transfer_backend: ucx",
         )  # fmt: skip
-    for value, names in _by_value(hosts, "engine_settings"):
+    for value, names in by_value(hosts, "engine_settings"):
         if not isinstance(value, Mapping) or not isinstance(settings.get("engine_defaults"), Mapping):
             continue
         effective = {**settings["engine_defaults"], **value}
         chunk, block = effective.get("prefill_chunk"), effective.get("block_size")
         if isinstance(chunk, int) and isinstance(block, int) and block > 0 and chunk % block:
             yield Problem(
-                f"engine_settings.prefill_chunk{_on(names, hosts)}", str(chunk), f"a multiple of block_size ({block})",
+                f"engine_settings.prefill_chunk{on(names, hosts)}", str(chunk), f"a multiple of block_size ({block})",
                 f"set prefill_chunk to {max(block, chunk // block * block)}",
-            )  # fmt: skip
-
-
-def _one_host_fabrics(
-    groups: Mapping[str, Sequence[str]], settings: Mapping[str, Any], hosts: Mapping[str, Mapping[str, Any]]
-) -> Iterator[Problem]:
-    """A fabric whose only transport is process_vm_readv cannot leave a host."""
-    workers = sorted({*groups.get("prefill", ()), *groups.get("decode", ())})
-    fabrics = settings.get("kv_fabrics")
-    if len(workers) < 2 or not isinstance(fabrics, Mapping):
-        return
-    for name, _ in _by_value(hosts, "kv_fabric"):
-        profile = fabrics.get(name) if isinstance(name, str) else None
-        if isinstance(profile, Mapping) and profile.get("transports") == ["cma"]:
-            yield Problem(
-                f"kv_fabric {name}", f"workers on {', '.join(workers)}",
-                "all workers on one host: its transport reads the memory of processes of the same host",
-                "set kv_fabric: tcp, or put prefill and decode on one host",
             )  # fmt: skip
 
 
@@ -290,7 +242,17 @@ def _ports(
     groups: Mapping[str, Sequence[str]], hosts: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]
 ) -> Iterator[Problem]:
     taken: dict[tuple[str, int], str] = {}
-    for use in topology.port_uses(topology.build(groups, hosts, settings)):
+    built = topology.build(groups, hosts, settings)
+    for worker in built["workers"]:
+        if worker["role"] == "prefill" and worker["index"] >= topology.DECODE_PORTS:
+            yield Problem(
+                f"prefill workers on {worker['host']}", f"more than {topology.DECODE_PORTS}",
+                f"at most {topology.DECODE_PORTS}: the ports from there on are those of decode workers",
+                "put some of them on another host",
+            )  # fmt: skip
+            break
+    yield from gpuhosts.port_problems(built)
+    for use in topology.port_uses(built):
         host, port, service = use["host"], use["port"], use["service"]
         if not 0 < port <= HIGHEST_PORT:
             yield Problem(
@@ -304,3 +266,21 @@ def _ports(
             )  # fmt: skip
         else:
             taken[host, port] = service
+
+
+def _fabrics(
+    groups: Mapping[str, Sequence[str]],
+    hosts: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    found: Sequence[Problem],
+) -> Iterator[Problem]:
+    """Check the profiles that are used against the engine and the hosts that use them."""
+    engine, profiles = settings.get("engine"), settings.get("kv_fabrics")
+    if engine not in CHOICES["engine"] or not isinstance(profiles, Mapping):
+        return
+    for host in fleet.worker_hosts(groups):
+        name, devices = hosts[host].get("kv_fabric"), hosts[host].get("kv_net_devices")
+        known = isinstance(name, str) and name in profiles
+        wrong = any(problem.what.startswith(f"kv_fabrics.{name}") for problem in found)
+        if known and not wrong and (devices is None or GPU_HOST["kv_net_devices"].wrong(devices) is None):
+            yield from fabrics.problems(str(name), profiles[name], hosts[host], engine=str(engine), host=host)

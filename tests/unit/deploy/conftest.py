@@ -27,7 +27,9 @@ class Inventory:
         """Hosts (one, `a`, if none is named) with the default variables, and `variables` on each."""
         keys = ("engine_settings", "kv_fabric", "kv_transfer_backend", "prefill_workers", "decode_workers")
         defaults = {key: self.common[key] for key in keys}
-        return {name: copy.deepcopy(defaults) | {"ansible_connection": "local"} | variables for name in names or ("a",)}
+        # Several hosts are not all this machine.
+        connection = {"ansible_connection": "local" if len(names) < 2 else "ssh"}
+        return {name: copy.deepcopy(defaults) | connection | variables for name in names or ("a",)}
 
     def groups(self, **changed: list[str]) -> dict[str, list[str]]:
         """Groups with host `a` in each, or the hosts named."""
