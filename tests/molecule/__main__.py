@@ -23,6 +23,7 @@ STATE = ROOT / ".pdstack" / f"{HOST}-host"
 # Each builds on those before it.
 ORDER = (
     "container_engine",
+    "nvidia_toolkit",
     "images",
     "service",
     "etcd",
