@@ -20,10 +20,9 @@ from pdstack.doctor import checks, plan, probe, report
 def main(arguments: Sequence[str] | None = None) -> int:
     """Probe this host, judge it, print the result."""
     parser = argparse.ArgumentParser(
-        prog="pdstack.doctor", parents=[probe.parser()], add_help=False,
+        prog="pdstack.doctor", parents=[probe.parser(add_help=False)], add_help=False,
         description="Check this GPU host. Changes nothing.",
     )  # fmt: skip
-    parser.add_argument("-h", "--help", action="help", help="show this and end")
     parser.add_argument(
         "--plan", type=Path, metavar="FILE", help="JSON of what is wanted, beside what the defaults are"
     )

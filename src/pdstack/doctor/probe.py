@@ -1014,9 +1014,11 @@ def probe(host: Host, options: argparse.Namespace) -> Facts:
     }  # fmt: skip
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    arguments = argparse.ArgumentParser(prog="probe.py", description="Print the facts of a GPU host as JSON.")
+def parser(add_help: bool = True) -> argparse.ArgumentParser:
+    """Return the parser of the command line; without --help it can be the parent of another."""
+    arguments = argparse.ArgumentParser(
+        prog="probe.py", description="Print the facts of a GPU host as JSON.", add_help=add_help
+    )
     arguments.add_argument("--root", default="/", help="read this tree instead of the host's own")
     arguments.add_argument("--path", action="append", default=[], help="directory whose free space is asked")
     arguments.add_argument("--reach", action="append", default=[], metavar="HOST:PORT", help="try to connect there")

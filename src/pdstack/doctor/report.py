@@ -56,7 +56,7 @@ def _row(host: str, row: Row) -> list[str]:
     head = f"{row['verdict'].upper():4}  {host}  {row['number']:2d}  {row['title']}"
     if row["verdict"] in ("ok", "skip"):
         return [f"{head}: {row['found']}"]
-    mended = f" (nox -s deploy does it: Ansible role {row['mended_by']})" if row["mended_by"] else ""
+    mended = f" (nox -s deploy does it, Ansible role {row['mended_by']})" if row["mended_by"] else ""
     return [
         head,
         f"{INDENT}found:  {row['found']}",
@@ -66,7 +66,8 @@ def _row(host: str, row: Row) -> list[str]:
 
 
 def _counted(found: Mapping[str, int]) -> str:
-    words = (("fail", "failed"), ("warn", "warnings"), ("ok", "ok"), ("skip", "skipped"))
+    warnings = "warning" if found["warn"] == 1 else "warnings"
+    words = (("fail", "failed"), ("warn", warnings), ("ok", "ok"), ("skip", "skipped"))
     return ", ".join(f"{found[verdict]} {word}" for verdict, word in words if found[verdict])
 
 
@@ -77,7 +78,7 @@ def _last(hosts: Mapping[str, Sequence[Row]]) -> str:
     if not failed:
         return f"{count}: {_counted(counts(rows))}. Nothing was changed."
     byrole = sum(bool(row["mended_by"]) for row in failed)
-    mended = "" if not byrole else f" ({byrole} of the failures `nox -s deploy` mends, the others it refuses)"
+    mended = f" (`nox -s deploy` mends {byrole} of the failures, and refuses the others)" if byrole else ""
     return f"{count}: {_counted(counts(rows))}{mended}. Nothing was changed."
 
 
