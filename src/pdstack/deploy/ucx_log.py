@@ -94,11 +94,12 @@ def by_memory(found: Iterable[Choice], nbytes: int = KV_BYTES) -> dict[str, tupl
 def kv_choices(found: Sequence[Choice], nbytes: int = KV_BYTES) -> list[Choice]:
     """Return the choices that KV is moved by.
 
-    Those of GPU memory; where there are none (a machine without a GPU), those of one-sided reads and writes: the
-    messages between the workers' control parts are of host memory too, and are none of it.
+    Those between GPU memory and GPU memory (UCX also plans writes from the host to a peer's GPU, which KV never makes);
+    where there are none (a machine without a GPU), those of one-sided reads and writes: the messages between the
+    workers' control parts are of host memory too, and are none of it.
     """
     fitting = [choice for choice in found if choice.scope != "self" and choice.low <= nbytes <= choice.high]
-    gpu = [choice for choice in fitting if any(kind.startswith("cuda") for kind in choice.memory)]
+    gpu = [choice for choice in fitting if choice.memory and all(kind.startswith("cuda") for kind in choice.memory)]
     if gpu:
         return gpu
     reads = [choice for choice in fitting if "ucp_get" in choice.operation]

@@ -1,4 +1,4 @@
-"""`python -m tests.standins.lab_runtime`: build the lab's runtime image with this machine's engine, print its reference.
+"""`python -m tests.standins.lab_runtime`: build the runtime image of the lab here, and print its reference.
 
 The pdstack images must be here already (they are after `nox -s deploy`). `--source DIR` only leaves the source tree in
 DIR, for a host that builds by itself.
