@@ -108,14 +108,15 @@ def status(session: nox.Session) -> None:
 @nox.session(default=False)
 def doctor(session: nox.Session) -> None:
     """Check every host, read-only: found, wanted, fix; exit 0 fine, 1 warnings, 2 failures (-- -i INVENTORY --json)."""
-    args = list(session.posargs)
-    as_json = "--json" in args
-    if as_json:
-        args.remove("--json")
-    playbook(session, "playbooks/doctor.yml", *args)
+    args, shown = [], []
+    for arg in session.posargs:
+        # These are about the report; the rest is for ansible-playbook.
+        (shown if arg in ("--json", "--all") else args).append("--print-json" if arg == "--json" else arg)
+    file = ROOT / ".pdstack" / "doctor.json"
+    playbook(session, "playbooks/doctor.yml", "-e", f"doctor_file={file}", "-e", "doctor_table=false", *args)
     env = environment(session, "deploy")
-    report = [f"{env['VIRTUAL_ENV']}/bin/python", "-m", "pdstack.doctor.report", *(["--print-json"] if as_json else [])]
-    # Nox knows only 0 and 1 for a session.
+    report = [f"{env['VIRTUAL_ENV']}/bin/python", "-m", "pdstack.doctor.report", "--json", str(file), *shown]
+    # Nox itself knows only 0 and 1 for a session.
     sys.exit(subprocess.run(report, env=os.environ | env, cwd=ROOT, check=False).returncode)
 
 
