@@ -164,6 +164,7 @@ def worst(results: Iterable[Result]) -> int:
 
 @check(1, "os", "operating system", "fail", "bare", gpu_only=False)
 def _os(facts: Facts, plan: Plan) -> Outcome:
+    """Ubuntu 22.04 or 24.04, Debian 12, RHEL or Rocky 9; x86_64, on Ubuntu 24.04 aarch64 too (`/etc/os-release`)."""
     about = facts["os"]
     name = f"{about['id'] or 'unknown'} {about['version']} {about['arch']}".strip()
     release = (about["id"], about["version"] if about["id"] == "ubuntu" else about["version"].split(".")[0])
@@ -177,6 +178,7 @@ def _os(facts: Facts, plan: Plan) -> Outcome:
 
 @check(2, "gpus_on_pci", "GPUs on the PCI bus", "fail", "bare")
 def _gpus_on_pci(facts: Facts, plan: Plan) -> Outcome:
+    """At least `gpu_count` NVIDIA controllers on the PCI bus; no driver is needed to see them."""
     seen, wanted = len(facts["pci"]["gpus"]), plan["gpu_count"]
     running = len(facts["driver"]["nvidia_smi"]["gpus"])
     if seen >= wanted:
@@ -190,6 +192,7 @@ def _gpus_on_pci(facts: Facts, plan: Plan) -> Outcome:
 
 @check(3, "driver_version", "driver version", "fail", "provisioned", mended_by="gpu_driver")
 def _driver_version(facts: Facts, plan: Plan) -> Outcome:
+    """The loaded module is at least `versions.gpu.driver_minimum`, which CUDA 13 in the image needs."""
     loaded, least = facts["driver"]["loaded"], plan["driver_minimum"]
     if loaded and version(loaded) >= version(least):
         return ok(loaded)
@@ -203,6 +206,7 @@ def _driver_version(facts: Facts, plan: Plan) -> Outcome:
 
 @check(4, "driver_equal", "one version of the driver", "fail", "provisioned", mended_by="gpu_driver")
 def _driver_equal(facts: Facts, _plan: Plan) -> Outcome:
+    """Loaded module, module on disk and libnvidia-ml are of one version; if not, nothing new starts until a reboot."""
     driver = facts["driver"]
     names = {"loaded": "loaded", "on_disk": "module on disk", "library": "library"}
     found = {label: driver[key] for key, label in names.items() if driver[key]}
@@ -213,6 +217,8 @@ def _driver_equal(facts: Facts, _plan: Plan) -> Outcome:
         return bad(f"{text}, none loaded", "the module loaded", "modprobe nvidia; see what dmesg says; reboot")
     if len(set(found.values())) == 1 and driver["library"]:
         return ok(text)
+    if not driver["library"] and len(set(found.values())) == 1 and driver["nvidia_smi"]["rc"] == 0:
+        return ok(f"{text}, and nvidia-smi works")
     if not driver["library"]:
         return bad(
             f"{text}, no libnvidia-ml", "the library of the same version", "install the driver's compute libraries"
@@ -226,6 +232,7 @@ def _driver_equal(facts: Facts, _plan: Plan) -> Outcome:
 
 @check(5, "open_modules", "open kernel modules", "warn", "provisioned", mended_by="gpu_driver")
 def _open_modules(facts: Facts, plan: Plan) -> Outcome:
+    """The kernel modules are the open ones: DMA-BUF and Blackwell need them."""
     flavour = facts["driver"]["flavour"]
     if not flavour:
         return skip("there is no driver")
@@ -243,6 +250,7 @@ def _open_modules(facts: Facts, plan: Plan) -> Outcome:
 
 @check(6, "nvidia_smi", "nvidia-smi lists the GPUs", "fail", "provisioned", mended_by="gpu_driver")
 def _nvidia_smi(facts: Facts, plan: Plan) -> Outcome:
+    """nvidia-smi ends with 0 and lists `gpu_count` GPUs; its failures (9, 12, 18) have a remedy each."""
     smi, wanted = facts["driver"]["nvidia_smi"], plan["gpu_count"]
     status, count = smi["rc"], len(smi["gpus"])
     if status is None:
@@ -273,6 +281,7 @@ def _smi_fix(status: int, text: str) -> str:
 
 @check(7, "nouveau", "nouveau is not loaded", "fail", "provisioned", mended_by="gpu_driver")
 def _nouveau(facts: Facts, _plan: Plan) -> Outcome:
+    """The module nouveau is not loaded: it keeps NVIDIA's from the cards."""
     if not facts["driver"]["nouveau"]:
         return ok("not loaded")
     return bad("loaded", "not loaded", "blacklist nouveau, rebuild the initramfs, reboot")
@@ -280,6 +289,7 @@ def _nouveau(facts: Facts, _plan: Plan) -> Outcome:
 
 @check(8, "secure_boot", "Secure Boot lets the driver in", "fail", "bare")
 def _secure_boot(facts: Facts, plan: Plan) -> Outcome:
+    """Secure Boot is off, or the module is signed by a key that the firmware knows."""
     driver = facts["driver"]
     if driver["secure_boot"] is None:
         return skip("the firmware does not tell")
@@ -301,6 +311,7 @@ def _secure_boot(facts: Facts, plan: Plan) -> Outcome:
 
 @check(9, "headers", "headers and DKMS of the running kernel", "fail", "provisioned", mended_by="gpu_driver")
 def _headers(facts: Facts, _plan: Plan) -> Outcome:
+    """Headers of the running kernel are there and DKMS has built for it, or the module is a prebuilt one."""
     driver, kernel = facts["driver"], facts["os"]["kernel"]
     lines = [line for line in driver["dkms"] if line.startswith("nvidia")]
     here = [line for line in lines if kernel in line]
@@ -322,6 +333,7 @@ def _headers(facts: Facts, _plan: Plan) -> Outcome:
 
 @check(10, "reboot_pending", "no reboot pending", "warn", "bare", gpu_only=False)
 def _reboot_pending(facts: Facts, _plan: Plan) -> Outcome:
+    """No package asks for a reboot, and the newest installed kernel is the running one."""
     if not facts["reboot_required"]:
         return ok("none")
     newest, kernel = facts["os"]["newest_kernel"], facts["os"]["kernel"]
@@ -331,6 +343,7 @@ def _reboot_pending(facts: Facts, _plan: Plan) -> Outcome:
 
 @check(11, "upgrades", "the driver does not change by itself", "warn", "provisioned", mended_by="host_tuning")
 def _upgrades(facts: Facts, _plan: Plan) -> Outcome:
+    """The driver's branch is pinned, unattended-upgrades leaves nvidia packages alone, and no .run file was used."""
     packages = facts["packages"]
     if not packages["manager"]:
         return skip("neither apt nor dnf")
@@ -362,6 +375,7 @@ def _upgrades(facts: Facts, _plan: Plan) -> Outcome:
     12, "gpu_health", "GPUs: persistence, memory errors, compute mode", "warn", "provisioned", mended_by="gpu_driver"
 )
 def _gpu_health(facts: Facts, _plan: Plan) -> Outcome:
+    """Persistence mode on, no uncorrected memory errors, compute mode Default."""
     gpus = facts["driver"]["nvidia_smi"]["gpus"]
     if not gpus:
         return skip("nvidia-smi lists no GPU")
@@ -385,6 +399,7 @@ def _gpu_health(facts: Facts, _plan: Plan) -> Outcome:
 
 @check(13, "fabric_manager", "fabric manager of the driver's version", "fail", "provisioned", mended_by="gpu_driver")
 def _fabric_manager(facts: Facts, plan: Plan) -> Outcome:
+    """With NVSwitch: the fabric manager runs and is exactly of the driver's version."""
     if not facts["pci"]["nvswitches"]:
         return skip("no NVSwitch")
     manager, loaded = facts["fabric_manager"], facts["driver"]["loaded"]
@@ -408,6 +423,7 @@ def _fabric_manager(facts: Facts, plan: Plan) -> Outcome:
 
 @check(14, "nvlink_fabric", "NVLink fabric is complete", "fail", "provisioned", mended_by="gpu_driver")
 def _nvlink_fabric(facts: Facts, _plan: Plan) -> Outcome:
+    """With NVSwitch: every GPU says Completed/Success for its part of the fabric."""
     if not facts["pci"]["nvswitches"]:
         return skip("no NVSwitch")
     states = [
@@ -427,6 +443,7 @@ def _nvlink_fabric(facts: Facts, _plan: Plan) -> Outcome:
 
 @check(15, "p2p", "GPUs reach each other's memory", "warn", "provisioned")
 def _p2p(facts: Facts, plan: Plan) -> Outcome:
+    """Each GPU reaches every other (`nvidia-smi topo -p2p r`), over NVLink where the fabric promises it."""
     smi, count = facts["driver"]["nvidia_smi"], plan["gpu_count"]
     if count < 2:
         return skip("one GPU")
@@ -459,6 +476,7 @@ def _p2p(facts: Facts, plan: Plan) -> Outcome:
 
 @check(16, "mig", "MIG as planned", "warn", "provisioned")
 def _mig(facts: Facts, plan: Plan) -> Outcome:
+    """MIG is as the inventory has it (`gpu_mig`, Disabled unless set)."""
     gpus = facts["driver"]["nvidia_smi"]["gpus"]
     if not gpus:
         return skip("nvidia-smi lists no GPU")
@@ -478,6 +496,7 @@ def _mig(facts: Facts, plan: Plan) -> Outcome:
 
 @check(17, "docker", "container engine", "fail", "provisioned", mended_by="container_engine", gpu_only=False)
 def _docker(facts: Facts, plan: Plan) -> Outcome:
+    """Docker answers and is new enough; newer still for `gpu_request: cdi`."""
     docker = facts["docker"]
     least = plan["docker_minimum"] if plan["gpu_host"] else "20.10"
     if not docker["installed"]:
@@ -501,6 +520,7 @@ def _docker(facts: Facts, plan: Plan) -> Outcome:
 
 @check(18, "nvidia_runtime", "Docker knows the nvidia runtime", "fail", "provisioned", mended_by="nvidia_toolkit")
 def _nvidia_runtime(facts: Facts, plan: Plan) -> Outcome:
+    """Docker lists the runtime nvidia, or GPUs are asked for by CDI."""
     docker = facts["docker"]
     if not docker["version"]:
         return skip("no Docker daemon answers (check 17)")
@@ -517,6 +537,7 @@ def _nvidia_runtime(facts: Facts, plan: Plan) -> Outcome:
 
 @check(19, "daemon_json", "daemon.json is sound", "fail", "bare", gpu_only=False)
 def _daemon_json(facts: Facts, _plan: Plan) -> Outcome:
+    """/etc/docker/daemon.json is valid, and sets nothing that dockerd's command line sets too."""
     docker = facts["docker"]
     if docker["daemon_json_error"]:
         return bad(
@@ -543,6 +564,7 @@ def _daemon_json(facts: Facts, _plan: Plan) -> Outcome:
 
 @check(20, "toolkit", "container toolkit", "warn", "provisioned", mended_by="nvidia_toolkit")
 def _toolkit(facts: Facts, plan: Plan) -> Outcome:
+    """nvidia-ctk is new enough, and its four packages are of one version."""
     toolkit = facts["toolkit"]
     if not toolkit["version"]:
         return bad(
@@ -566,6 +588,7 @@ def _toolkit(facts: Facts, plan: Plan) -> Outcome:
 
 @check(21, "cdi", "CDI devices", "fail", "provisioned", mended_by="nvidia_toolkit")
 def _cdi(facts: Facts, plan: Plan) -> Outcome:
+    """With CDI: `nvidia.com/gpu=all` is listed, and no stale file stands beside the refreshed one."""
     if not _uses_cdi(facts, plan):
         return skip("GPUs are asked for by the nvidia runtime")
     if facts["toolkit"]["stale_cdi"]:
@@ -598,6 +621,7 @@ def _image(facts: Facts) -> Mapping[str, Any] | Outcome:
 
 @check(22, "container_gpus", "containers see the GPUs", "fail", "image", mended_by="nvidia_toolkit")
 def _container_gpus(facts: Facts, plan: Plan) -> Outcome:
+    """A container of the image sees `gpu_count` GPUs."""
     image = _image(facts)
     if isinstance(image, Outcome):
         return image
@@ -626,6 +650,7 @@ def _container_fix(text: str) -> str:
 
 @check(23, "daemon_reload", "GPUs outlast a systemd daemon-reload", "warn", "provisioned", mended_by="nvidia_toolkit")
 def _daemon_reload(facts: Facts, plan: Plan) -> Outcome:
+    """GPUs stay when systemd reloads: CDI, or the cgroupfs driver. Judged by the configuration; nothing is reloaded."""
     docker = facts["docker"]
     if not docker["version"]:
         return skip("no Docker daemon answers (check 17)")
@@ -645,6 +670,7 @@ def _daemon_reload(facts: Facts, plan: Plan) -> Outcome:
 
 @check(24, "memlock", "containers may lock memory", "warn", "provisioned", mended_by="host_tuning")
 def _memlock(facts: Facts, plan: Plan) -> Outcome:
+    """Memory may be locked without limit, in Docker's unit and in a container."""
     image = facts.get("image")
     seen = image["memlock"] if image and image["present"] else facts["limits"]["memlock"]
     where = "in a container" if image and image["present"] else "of Docker's unit"
@@ -662,6 +688,7 @@ def _memlock(facts: Facts, plan: Plan) -> Outcome:
 
 @check(25, "shm", "shared memory", "warn", "bare")
 def _shm(facts: Facts, plan: Plan) -> Outcome:
+    """Shared memory is large enough where containers share the host's."""
     size = facts["shm_mib"]
     if size is None:
         return skip("there is no /dev/shm")
@@ -678,6 +705,7 @@ def _shm(facts: Facts, plan: Plan) -> Outcome:
 
 @check(26, "disk", "disk space", "fail", "bare", gpu_only=False)
 def _disk(facts: Facts, plan: Plan) -> Outcome:
+    """Docker's directory and the model's have room for image and model (`doctor_disk_mib`)."""
     wanted, free = plan["disk_mib"], facts["disk"]
     known = {path: free[path] for path in wanted if free.get(path) is not None}
     if not known:
@@ -709,6 +737,7 @@ def _ports(facts: Facts, plan: Plan) -> list[tuple[str, Mapping[str, Any] | None
 
 @check(27, "rdma_ports", "RDMA ports are up", "fail", "provisioned", mended_by="rdma")
 def _rdma_ports(facts: Facts, plan: Plan) -> Outcome:
+    """The RDMA ports that are used are ACTIVE, and user-space verbs are there."""
     if not plan["fabric"]["rdma"]:
         return skip(f"fabric {plan['fabric']['name']} uses no RDMA")
     ports = [(name, port) for name, port in _ports(facts, plan) if port]
@@ -726,6 +755,7 @@ def _rdma_ports(facts: Facts, plan: Plan) -> Outcome:
 
 @check(28, "net_devices", "the planned network devices exist", "fail", "provisioned", mended_by="rdma")
 def _net_devices(facts: Facts, plan: Plan) -> Outcome:
+    """Each of `kv_net_devices`, and each interface the fabric names, exists."""
     fix = "UCX fails with `network device is not available`: correct kv_net_devices"
     if plan["fabric"]["rdma"]:
         have = [f"{device['name']}:{device['port']}" for device in facts["rdma"]["devices"]]
@@ -756,6 +786,7 @@ def _net_devices(facts: Facts, plan: Plan) -> Outcome:
 
 @check(29, "gid", "RoCE address (GID)", "fail", "provisioned")
 def _gid(facts: Facts, plan: Plan) -> Outcome:
+    """RoCE: the GID index that is used is of type RoCE v2 and has an address."""
     if not plan["fabric"]["rdma"]:
         return skip(f"fabric {plan['fabric']['name']} uses no RDMA")
     ports = [(name, port) for name, port in _ports(facts, plan) if port and port["link_layer"] == "Ethernet"]
@@ -784,6 +815,7 @@ def _gid(facts: Facts, plan: Plan) -> Outcome:
 
 @check(30, "gpu_direct", "network adapters reach GPU memory", "fail", "provisioned", mended_by="rdma")
 def _gpu_direct(facts: Facts, plan: Plan) -> Outcome:
+    """RDMA: adapters reach GPU memory by DMA-BUF or nvidia-peermem, and no useless peermem hides DMA-BUF."""
     rdma = facts["rdma"]
     if not plan["fabric"]["rdma"]:
         return skip(f"fabric {plan['fabric']['name']} uses no RDMA")
@@ -807,6 +839,7 @@ def _gpu_direct(facts: Facts, plan: Plan) -> Outcome:
 
 @check(31, "ofed", "OFED and its kernel modules agree", "warn", "provisioned", mended_by="rdma")
 def _ofed(facts: Facts, _plan: Plan) -> Outcome:
+    """With OFED: its kernel modules are those of the running kernel."""
     rdma = facts["rdma"]
     if not rdma["ofed"]:
         return skip("the distribution's own RDMA stack is used")
@@ -824,6 +857,7 @@ def _ofed(facts: Facts, _plan: Plan) -> Outcome:
 
 @check(32, "gdrcopy", "GDRCopy", "warn", "provisioned", mended_by="gdrcopy")
 def _gdrcopy(facts: Facts, plan: Plan) -> Outcome:
+    """/dev/gdrdrv exists where GDRCopy is asked for."""
     gdrcopy = facts["gdrcopy"]
     if gdrcopy["device"]:
         return ok(f"gdrdrv {gdrcopy['module'] or ''}".strip())
@@ -835,6 +869,7 @@ def _gdrcopy(facts: Facts, plan: Plan) -> Outcome:
 
 @check(33, "acs", "no ACS or IOMMU between devices", "warn", "bare")
 def _acs(facts: Facts, plan: Plan) -> Outcome:
+    """Bare metal: no PCI bridge checks sources (ACS), and the IOMMU does not translate."""
     if facts["os"]["virtual"]:
         return skip("a virtual machine: its host decides")
     iommu, words = facts["iommu"], facts["iommu"]["cmdline"].split()
@@ -860,6 +895,7 @@ def _acs(facts: Facts, plan: Plan) -> Outcome:
 
 @check(34, "affinity", "GPUs and adapters are near each other", "warn", "bare")
 def _affinity(facts: Facts, plan: Plan) -> Outcome:
+    """RDMA: each GPU that is used has an adapter beside it (PIX, PXB or PHB; else the same NUMA node)."""
     if not plan["fabric"]["rdma"]:
         return skip(f"fabric {plan['fabric']['name']} uses no RDMA")
     ports = [(name, port) for name, port in _ports(facts, plan) if port]
@@ -900,6 +936,7 @@ def _interface(facts: Facts, plan: Plan) -> Mapping[str, Any] | None:
 
 @check(35, "mtu", "MTU equal on all hosts", "warn", "bare", gpu_only=False)
 def _mtu(facts: Facts, plan: Plan) -> Outcome:
+    """The interface to the peers has the MTU of `kv_mtu`, and of the other hosts."""
     interface = _interface(facts, plan)
     if interface is None:
         return skip("the interface of the host's address is not known")
@@ -924,6 +961,7 @@ def _mtu(facts: Facts, plan: Plan) -> Outcome:
 
 @check(36, "ucx", "UCX has the fabric's transports", "fail", "image")
 def _ucx(facts: Facts, plan: Plan) -> Outcome:
+    """ucx_info in the image, in the service's environment, has the fabric's transports and no complaint."""
     image = _image(facts)
     if isinstance(image, Outcome):
         return image
@@ -959,6 +997,7 @@ def _has_transport(name: str, have: Sequence[str]) -> bool:
 
 @check(37, "ucx_speed", "UCX moves GPU memory fast", "warn", "image")
 def _ucx_speed(facts: Facts, plan: Plan) -> Outcome:
+    """Two UCX processes in the image move GPU memory at half of what the fabric can do."""
     image = _image(facts)
     if isinstance(image, Outcome):
         return image
@@ -978,6 +1017,7 @@ def _ucx_speed(facts: Facts, plan: Plan) -> Outcome:
 
 @check(38, "namespaces", "workers share namespaces", "fail", "serving")
 def _namespaces(facts: Facts, plan: Plan) -> Outcome:
+    """Running workers share the namespaces that the fabric asks for."""
     wanted = {"pid_mode": plan["fabric"]["pid_mode"], "ipc_mode": plan["fabric"]["ipc_mode"]}
     if "host" not in wanted.values():
         return skip(f"fabric {plan['fabric']['name']} needs none in common")
@@ -1004,6 +1044,7 @@ def _namespaces(facts: Facts, plan: Plan) -> Outcome:
 
 @check(39, "interface", "the interface of KV peers has one address", "fail", "bare")
 def _interface_address(facts: Facts, plan: Plan) -> Outcome:
+    """The interface that KV peers use has exactly one IPv4 address; without one, the host has its `pdstack_address`."""
     names = list(dict.fromkeys(name for name in (plan["interface"], *plan["env_interfaces"]) if name))
     interfaces = {entry["name"]: entry for entry in facts["net"]["interfaces"]}
     for name in names:
@@ -1050,6 +1091,7 @@ def _usable(text: str) -> bool:
 
 @check(40, "ports", "planned ports are free", "fail", "bare", gpu_only=False)
 def _free_ports(facts: Facts, plan: Plan) -> Outcome:
+    """No stranger listens on a port of the plan."""
     taken = []
     for use in plan["ports"]:
         for listener in facts["listeners"]:
@@ -1076,6 +1118,7 @@ def _holder(listener: Mapping[str, Any]) -> str:
 
 @check(41, "reach", "the services can be reached", "fail", "bare", gpu_only=False)
 def _reach(facts: Facts, _plan: Plan) -> Outcome:
+    """etcd and NATS on other hosts answer, or refuse because they do not run yet; silence is a firewall."""
     said = facts["reach"]
     if not said:
         return skip("no other host is asked")
@@ -1104,6 +1147,7 @@ def _ranges(text: str | None) -> list[range]:
     42, "port_range", "planned ports are not handed out", "warn", "provisioned", mended_by="host_tuning", gpu_only=False
 )
 def _port_range(facts: Facts, plan: Plan) -> Outcome:
+    """Planned ports are outside of ip_local_port_range, or reserved."""
     handed = (facts["sysctl"]["net.ipv4.ip_local_port_range"] or "").split()
     if len(handed) != 2:
         return skip("the kernel does not tell")
@@ -1122,6 +1166,7 @@ def _port_range(facts: Facts, plan: Plan) -> Outcome:
 
 @check(43, "ptrace", "processes may read each other's memory", "warn", "provisioned", mended_by="host_tuning")
 def _ptrace(facts: Facts, plan: Plan) -> Outcome:
+    """kernel.yama.ptrace_scope is at most 1."""
     scope = facts["sysctl"]["kernel.yama.ptrace_scope"]
     if scope is None or int(scope) <= 1:
         return ok(f"ptrace_scope {scope}" if scope is not None else "no Yama")
@@ -1135,6 +1180,7 @@ def _ptrace(facts: Facts, plan: Plan) -> Outcome:
 
 @check(44, "sysctl", "kernel settings", "warn", "provisioned", mended_by="host_tuning")
 def _sysctl(facts: Facts, _plan: Plan) -> Outcome:
+    """kernel.numa_balancing is 0, vm.max_map_count at least 262144."""
     values = facts["sysctl"]
     balancing, maps = values["kernel.numa_balancing"], values["vm.max_map_count"]
     wrong = []
@@ -1151,6 +1197,7 @@ def _sysctl(facts: Facts, _plan: Plan) -> Outcome:
 
 @check(45, "time", "the clock is right", "warn", "bare", gpu_only=False)
 def _time(facts: Facts, _plan: Plan) -> Outcome:
+    """The clock follows a time server within 0.05 s."""
     clock = facts["time"]
     if clock["synchronized"] is None:
         return skip("neither chrony nor systemd tells")
@@ -1166,6 +1213,7 @@ def _time(facts: Facts, _plan: Plan) -> Outcome:
 
 @check(46, "etcd", "etcd", "fail", "serving", gpu_only=False)
 def _etcd(facts: Facts, plan: Plan) -> Outcome:
+    """Each etcd member is healthy and lets the keys under v1/ be read; certificates are given as text."""
     paths = [name for name, value in plan["env"].items() if name.startswith("ETCD_AUTH_C") and "BEGIN" not in value]
     if paths:
         return bad(
@@ -1190,6 +1238,7 @@ def _etcd(facts: Facts, plan: Plan) -> Outcome:
 
 @check(47, "nats", "NATS", "fail", "serving", gpu_only=False)
 def _nats(facts: Facts, plan: Plan) -> Outcome:
+    """Each NATS server answers, has JetStream, and does not require TLS."""
     said = facts["nats"]
     if not said:
         return skip("not asked (--nats)")
@@ -1218,6 +1267,7 @@ def _nats(facts: Facts, plan: Plan) -> Outcome:
 
 @check(48, "etcd_disk", "etcd's disk is quick", "warn", "serving", gpu_only=False)
 def _etcd_disk(facts: Facts, plan: Plan) -> Outcome:
+    """99 % of etcd's flushes take less than 10 ms, by its own histogram."""
     own = facts["etcd"].get(plan["etcd_member"])
     if not plan["etcd_member"]:
         return skip("no etcd member here")
@@ -1234,6 +1284,7 @@ def _etcd_disk(facts: Facts, plan: Plan) -> Outcome:
 
 @check(49, "kernel_log", "no errors in the kernel's log", "warn", "bare")
 def _kernel_log(facts: Facts, _plan: Plan) -> Outcome:
+    """The kernel's log has no Xid and no error of driver or adapter since boot."""
     lines = facts["kernel_log"]
     if lines is None:
         return skip("this user may not read it")
@@ -1246,6 +1297,7 @@ def _kernel_log(facts: Facts, _plan: Plan) -> Outcome:
 
 @check(50, "model_readable", "the image's user may read the model", "fail", "image")
 def _model_readable(facts: Facts, plan: Plan) -> Outcome:
+    """The user of the image may read the model's directory and files."""
     about = facts["paths"].get(plan["model_dir"])
     if not about or not about["exists"]:
         return skip("the model is not there yet")
@@ -1274,6 +1326,7 @@ def _readable(entry: Mapping[str, Any], uid: int, gid: int, wanted: int) -> bool
 
 @check(51, "versions", "versions in the image", "warn", "image")
 def _versions(facts: Facts, plan: Plan) -> Outcome:
+    """ai-dynamo and tensorrt-llm in the image are of the versions file."""
     image = _image(facts)
     if isinstance(image, Outcome):
         return image

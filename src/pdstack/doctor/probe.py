@@ -61,6 +61,12 @@ SMI_FIELDS = (
 SMI_FABRIC_FIELDS = ("fabric.state", "fabric.status")
 KERNEL_LOG = re.compile(r"Xid|NVRM: .*(fail|error|mismatch)|mlx5.*(error|fail)", re.IGNORECASE)
 LOG_LINES = 50
+LIBRARIES = (
+    "/usr/lib/*-linux-gnu",
+    "/usr/lib64",
+    "/usr/lib/*-linux-gnu/nvidia/current",
+    "/usr/local/nvidia/lib64",
+)
 MATRIX_NAME = re.compile(r"(GPU|NIC)\d+$|mlx5_")
 # One line a container; the first label is empty for what is not of pdstack.
 CONTAINER_FORMAT = (
@@ -349,9 +355,7 @@ def driver_facts(host: Host, kernel: str) -> Facts:
     about = host.read("/proc/driver/nvidia/version")
     info = module_info(host, "nvidia", kernel)
     libraries = [
-        path.rpartition(".so.")[2]
-        for place in ("/usr/lib/*-linux-gnu", "/usr/lib64")
-        for path in host.glob(place + "/libnvidia-ml.so.*.*")
+        path.rpartition(".so.")[2] for place in LIBRARIES for path in host.glob(place + "/libnvidia-ml.so.*.*")
     ]
     flavour = ""
     if about is not None:

@@ -56,7 +56,8 @@ def _row(host: str, row: Row) -> list[str]:
     head = f"{row['verdict'].upper():4}  {host}  {row['number']:2d}  {row['title']}"
     if row["verdict"] in ("ok", "skip"):
         return [f"{head}: {row['found']}"]
-    mended = f" (nox -s deploy does it, Ansible role {row['mended_by']})" if row["mended_by"] else ""
+    role = row["mended_by"]
+    mended = "" if not role or role in row["fix"] else f" (Ansible role {role}; nox -s deploy)"
     return [
         head,
         f"{INDENT}found:  {row['found']}",
@@ -78,7 +79,11 @@ def _last(hosts: Mapping[str, Sequence[Row]]) -> str:
     if not failed:
         return f"{count}: {_counted(counts(rows))}. Nothing was changed."
     byrole = sum(bool(row["mended_by"]) for row in failed)
-    mended = f" (`nox -s deploy` mends {byrole} of the failures, and refuses the others)" if byrole else ""
+    mended = ""
+    if byrole:
+        mended = f" (`nox -s deploy` mends {byrole} of the failures" + (
+            ")" if byrole == len(failed) else ", not the others)"
+        )
     return f"{count}: {_counted(counts(rows))}{mended}. Nothing was changed."
 
 

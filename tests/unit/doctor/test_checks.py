@@ -346,6 +346,7 @@ def test_facts_of_a_real_host_can_be_judged(path: Path) -> None:
     assert [result.number for result in results] == list(range(1, 52))
     told = {result.id: result for result in results}
     assert told["driver_version"].verdict == "ok", told["driver_version"]
+    assert told["driver_equal"].verdict == "ok", told["driver_equal"]
     assert told["nvidia_smi"].verdict == "ok", told["nvidia_smi"]
     assert told["gpu_health"].verdict in ("ok", "warn")
     assert "H100" in told["nvidia_smi"].found
