@@ -207,6 +207,11 @@ def _environment(what: str, value: object, settings: Mapping[str, Any]) -> Itera
         )  # fmt: skip
 
 
+def whole(value: object) -> bool:
+    """Say whether a value is a whole number; those that Ansible hands over are of a class of their own."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 # --- GPUs ---------------------------------------------------------------------------------------------------------
 def _gpus(
     entries: Sequence[Entry], groups: Mapping[str, Sequence[str]], hosts: Mapping[str, Mapping[str, Any]]
@@ -214,14 +219,14 @@ def _gpus(
     for host in dict.fromkeys(host for role in ROLES for host in groups.get(role, ())):
         count = hosts[host].get("gpu_count")
         here = [entry for entry in entries if entry.host == host]
-        if type(count) is not int:
+        if not whole(count):
             yield Problem(
                 f"gpu_count on {host}", show(count), "the number of GPUs in the host",
                 f"set gpu_count for {host} in the inventory (`nvidia-smi -L | wc -l`)",
             )  # fmt: skip
         taken: dict[int, str] = {}
         for entry in here:
-            yield from _own_gpus(entry, count if type(count) is int else None)
+            yield from _own_gpus(entry, count if whole(count) else None)
             for gpu in dict.fromkeys(entry.gpus):
                 if other := taken.get(gpu):
                     yield Problem(
