@@ -42,3 +42,11 @@ def test_the_weights_are_whole(host: Host, model: str) -> None:
         "print(8 + n + max(t['data_offsets'][1] for t in h.values()) == os.path.getsize(p))"
     )
     assert host.check_output(f'python3 -c "{script}"').strip() == "True"
+
+
+def test_a_model_is_fetched_as_the_containers_user_with_the_token_and_leaves_none(host: Host) -> None:
+    told = json.loads(host.file("/srv/models/hub/told.json").content_string)
+    assert (told["repository"], told["revision"][:8]) == ("owner/name", "01234567")
+    assert (told["uid"], told["token"], told["endpoint"]) == (1000, "hf_molecule", "http://hub.invalid")
+    assert "*.gguf" in told["ignore"]
+    assert set(host.file("/srv/models").listdir()) == {"hub", "site"}
