@@ -110,7 +110,12 @@ def _agree(workers: Hosts) -> Iterator[Problem]:
     for key, reason in WORKERS_AGREE.items():
         yield from _same(key, workers, "all hosts of prefill and decode", reason)
     known = {host: variables for host, variables in workers.items() if variables.get("kv_mtu") is not None}
-    yield from _same("kv_mtu", known, "all hosts of prefill and decode", "a smaller one on the way stalls large ones")
+    yield from _same(
+        "kv_mtu",
+        known,
+        "all hosts of prefill and decode",
+        "packets that are too large for a peer are lost, and large transfers stall",
+    )
 
 
 def _same(key: str, hosts: Hosts, where: str, reason: str) -> Iterator[Problem]:

@@ -13,7 +13,7 @@ from typing import Any
 from pdstack.deploy import topology, versions
 from pdstack.deploy.fleet import Groups, Hosts, worker_hosts
 from pdstack.deploy.problem import Problem, by_value, on, show
-from pdstack.deploy.schema import GPU_HOST
+from pdstack.deploy.schema import GPU_HOST, is_whole
 
 # What an operator of GPU hosts runs beside us, on these ports unless told otherwise.
 FOREIGN_PORTS = {5555: "DCGM's host engine (nv-hostengine)", 9400: "DCGM's exporter (dcgm-exporter)"}
@@ -40,7 +40,7 @@ def _variables(workers: Hosts) -> Iterator[Problem]:
     for key, field in GPU_HOST.items():
         for value, names in by_value(workers, key):
             # A GPU count that is none is told with the workers (trtllm_checks), an interface with the fleet.
-            if value is None or key == "kv_interface" or (key == "gpu_count" and type(value) is not int):
+            if value is None or key == "kv_interface" or (key == "gpu_count" and not is_whole(value)):
                 continue
             if (wrong := field.wrong(value)) is not None:
                 yield Problem(f"{key}{on(names, workers)}", show(value), wrong, f"correct {key} in the inventory")
@@ -178,7 +178,7 @@ def unused(groups: Groups, hosts: Hosts, settings: Mapping[str, Any]) -> list[st
     for host in worker_hosts(groups):
         count = hosts[host].get("gpu_count")
         used = {gpu for role in topology.ROLES if host in groups.get(role, ()) for gpu in _gpus(hosts[host], role)}
-        if type(count) is int and len(used) < count:
+        if is_whole(count) and len(used) < count:
             free = [str(gpu) for gpu in range(count) if gpu not in used]
             found.append(f"{host}: {len(free)} of its {count} GPUs have no worker ({', '.join(free)})")
     return found

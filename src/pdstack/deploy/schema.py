@@ -6,7 +6,7 @@ import contextlib
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "kv_transfer_backend": ("ucx", "nixl"),
@@ -29,6 +29,11 @@ def closest(value: str, choices: Sequence[str]) -> str:
     """Return ` (did you mean 'x'?)` when one of `choices` is near `value`, else nothing."""
     near = difflib.get_close_matches(value, choices, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Return whether `value` is a whole number: true is none, one of an inventory (a class of its own) is."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

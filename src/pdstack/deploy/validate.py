@@ -224,7 +224,7 @@ def _gates(settings: Mapping[str, Any], hosts: Mapping[str, Mapping[str, Any]]) 
         yield Problem(
             "kv_transfer_backend nixl", f"tensorrt-llm {release or 'of no version'}",
             f"tensorrt-llm {versions.NIXL_NEEDS_TENSORRT_LLM} or later (PEP 440)",
-            "set versions.tensorrt_llm to such a release, or kv_transfer_backend: ucx",
+            "set versions.dynamo and versions.tensorrt_llm to such a pair, or kv_transfer_backend: ucx",
         )  # fmt: skip
     for value, names in by_value(hosts, "engine_settings"):
         if not isinstance(value, Mapping) or not isinstance(settings.get("engine_defaults"), Mapping):
