@@ -57,6 +57,12 @@ class CallbackModule(CallbackBase):
     def v2_playbook_on_handler_task_start(self, task) -> None:
         self._started(task)
 
+    def v2_runner_retry(self, result) -> None:
+        # A task that waits for something long may say how far that is (the build of the runtime image).
+        found = str(result._result.get("stdout", "")).partition("\n")[0]
+        if found.startswith("progress: "):
+            self._display.display(f"  ... {found.removeprefix('progress: ')}")
+
     def v2_playbook_on_stats(self, stats) -> None:  # noqa: ARG002 - the interface is Ansible's
         with self._lock:
             self._heartbeat.stop()

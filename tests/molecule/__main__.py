@@ -25,6 +25,7 @@ ORDER = (
     "container_engine",
     "nvidia_toolkit",
     "images",
+    "trtllm_image",
     "service",
     "etcd",
     "nats",

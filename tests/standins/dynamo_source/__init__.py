@@ -9,6 +9,7 @@ while it was paired with 1.2.0rc2, where the text tells; or "ignored", where onl
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -28,7 +29,11 @@ COPY ["container/wheels/tensorrt-llm==1.2.0rc2/", "/opt/dynamo/site-packages/"]
 def git(tree: Path, *arguments: str) -> str:
     """Run git in `tree` with an identity of its own; CalledProcessError when it fails."""
     identity = ("-c", "user.name=stand-in", "-c", "user.email=stand-in@example.org", "-c", "commit.gpgsign=false")
-    done = subprocess.run(["git", *identity, *arguments], cwd=tree, check=True, capture_output=True, text=True)
+    # All of one time, so that the same files are the same commit.
+    dates = {"GIT_AUTHOR_DATE": "2025-11-26T00:00:00Z", "GIT_COMMITTER_DATE": "2025-11-26T00:00:00Z"}
+    done = subprocess.run(
+        ["git", *identity, *arguments], cwd=tree, env=os.environ | dates, check=True, capture_output=True, text=True
+    )
     return done.stdout.strip()
 
 

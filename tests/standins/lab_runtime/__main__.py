@@ -1,7 +1,7 @@
 """`python -m tests.standins.lab_runtime`: build the runtime image of the lab here, and print its reference.
 
-The pdstack images must be here already (they are after `nox -s deploy`). `--source DIR` only leaves the source tree in
-DIR, for a host that builds by itself.
+The pdstack images must be here already (they are after `nox -s deploy`). `--bundle FILE` only leaves the source tree as
+a git bundle, which is a repository in one file, for a host that builds by itself.
 """
 
 from __future__ import annotations
@@ -68,16 +68,18 @@ def build(tree: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's text."""
     parser = argparse.ArgumentParser(prog="tests.standins.lab_runtime", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--source", type=Path, help="leave the source tree here and build nothing")
+    parser.add_argument("--bundle", type=Path, help="leave the source tree here and build nothing")
     parser.add_argument("--wheel-flag", choices=dynamo_source.WHEEL_FLAGS, default="honoured")
     options = parser.parse_args(arguments)
-    if options.source is not None:
-        print(dynamo_source.make(options.source, lab_runtime.fill, options.wheel_flag))
-        return 0
     with tempfile.TemporaryDirectory(prefix="pdstack-lab-") as folder:
         tree = Path(folder) / "dynamo"
-        dynamo_source.make(tree, lab_runtime.fill, options.wheel_flag)
-        print(build(tree))
+        commit = dynamo_source.make(tree, lab_runtime.fill, options.wheel_flag)
+        if options.bundle is None:
+            print(build(tree))
+            return 0
+        options.bundle.parent.mkdir(parents=True, exist_ok=True)
+        dynamo_source.git(tree, "bundle", "create", str(options.bundle.resolve()), "HEAD", "main", dynamo_source.TAG)
+        print(commit)
     return 0
 
 
