@@ -115,11 +115,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--cwd", type=Path, default=Path())
-    parser.add_argument("command", nargs="*")
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # By hand: argparse of older Pythons takes no list of words after options.
+    at = given.index("--") if "--" in given else len(given)
+    options = parser.parse_args(given[:at])
     if options.verb == "watch":
         return watch(options.state, options.log)
-    return run(options.state, options.log, options.cwd, options.command)
+    return run(options.state, options.log, options.cwd, given[at + 1 :])
 
 
 if __name__ == "__main__":
