@@ -1,13 +1,14 @@
 """`python -m tests.standins.lab_runtime`: build the runtime image of the lab here, and print its reference.
 
-The pdstack images must be here already (they are after `nox -s deploy`). `--bundle FILE` only leaves the source tree as
-a git bundle, which is a repository in one file, for a host that builds by itself.
+The pdstack images must be here already (they are after `nox -s deploy`). `--repository DIR` only leaves the source
+there, as a bare git repository, for a host that builds by itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -68,17 +69,17 @@ def build(tree: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's text."""
     parser = argparse.ArgumentParser(prog="tests.standins.lab_runtime", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--bundle", type=Path, help="leave the source tree here and build nothing")
+    parser.add_argument("--repository", type=Path, help="leave the source here and build nothing")
     parser.add_argument("--wheel-flag", choices=dynamo_source.WHEEL_FLAGS, default="honoured")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="pdstack-lab-") as folder:
         tree = Path(folder) / "dynamo"
         commit = dynamo_source.make(tree, lab_runtime.fill, options.wheel_flag)
-        if options.bundle is None:
+        if options.repository is None:
             print(build(tree))
             return 0
-        options.bundle.parent.mkdir(parents=True, exist_ok=True)
-        dynamo_source.git(tree, "bundle", "create", str(options.bundle.resolve()), "HEAD", "main", dynamo_source.TAG)
+        shutil.rmtree(options.repository, ignore_errors=True)
+        dynamo_source.git(tree, "clone", "--quiet", "--bare", "--template=", ".", str(options.repository.resolve()))
         print(commit)
     return 0
 
