@@ -50,12 +50,17 @@ def problems(groups: Groups, hosts: Hosts, settings: Mapping[str, Any]) -> list[
 
 
 def placeholders(hosts: Hosts) -> list[str]:
-    """Return a sentence for every host whose address is still an example's."""
-    return [
-        f"{host}: its address {host_address(host, variables)} is an example's, which no network has; "
-        "set ansible_host (and pdstack_address, if the others reach it at another one)"
+    """Return a sentence that names the hosts whose address is still an example's; empty without any."""
+    found = [
+        f"{host} ({host_address(host, variables)})"
         for host, variables in hosts.items()
         if any(_within(host_address(host, variables), net) for net in PLACEHOLDERS)
+    ]
+    if not found:
+        return []
+    return [
+        f"addresses of examples, which no network has: {', '.join(found)}; set ansible_host of each "
+        "(and pdstack_address where the hosts reach each other at another one)"
     ]
 
 
