@@ -945,13 +945,13 @@ def _mtu(facts: Facts, plan: Plan) -> Outcome:
         return bad(
             f"{name} {own}", f"{plan['mtu']} (kv_mtu)", f"ip link set {name} mtu {plan['mtu']}, and make it lasting"
         )
-    peers = {host: mtu for host, mtu in plan["peer_mtu"].items() if mtu}
-    other = {host: mtu for host, mtu in peers.items() if mtu != own}
-    if other:
+    # The odd one out is told, not all the others; where neither is the more common one, both are.
+    peers = [mtu for mtu in plan["peer_mtu"].values() if mtu]
+    other = {host: mtu for host, mtu in sorted(plan["peer_mtu"].items()) if mtu and mtu != own}
+    if len(other) >= len(peers) + 1 - len(other):
+        found = ", ".join(f"{host} {mtu}" for host, mtu in list(other.items())[:3]) + (" ..." if len(other) > 3 else "")
         return bad(
-            f"{name} {own}; " + ", ".join(f"{host} {mtu}" for host, mtu in sorted(other.items())),
-            "the same on all hosts",
-            "set it alike: large transfers stall where it differs",
+            f"{name} {own}; {found}", "the same on all hosts", "set it alike: large transfers stall where it differs"
         )
     return ok(f"{name} {own}")
 

@@ -96,6 +96,7 @@ def empty() -> dict[str, Any]:
         "mtu": None,
         "peer_mtu": {},
         "ports": [],
+        "network": True,
         "reach": [],
         "etcd": [],
         "etcd_member": "",
@@ -186,6 +187,7 @@ def build(
         "peer_mtu": _peer_mtu(topology, host, hostvars) if workers else {},
         # The caller's own TypedDict; port_uses reads no more than its keys.
         "ports": [dict(use) for use in port_uses(topology) if use["host"] == host],  # type: ignore[arg-type]
+        "network": bool(variables.get("doctor_network", True)),
         "reach": _reach(topology, host),
         "etcd": [member["client_url"] for member in topology["etcd"]],
         "etcd_member": etcd[0]["client_url"] if etcd else "",
@@ -254,10 +256,10 @@ def probe_options(wanted: Mapping[str, Any], root: str = "/", *, image: str = ""
     """Return the probe's command line for a plan; with `image` it starts containers."""
     options = ["--root", root]
     paths: Sequence[str] = [*wanted["disk_mib"], *([wanted["model_dir"]] if wanted["model_dir"] else [])]
-    for option, values in (
-        ("--path", list(dict.fromkeys(paths))), ("--reach", wanted["reach"]), ("--etcd", wanted["etcd"]),
-        ("--nats", wanted["nats"]),
-    ):  # fmt: skip
+    asked = {"--path": list(dict.fromkeys(paths))}
+    if wanted["network"]:
+        asked |= {"--reach": wanted["reach"], "--etcd": wanted["etcd"], "--nats": wanted["nats"]}
+    for option, values in asked.items():
         for value in values:
             options += [option, value]
     if image and wanted["gpu_host"]:

@@ -107,6 +107,9 @@ def test_the_probe_understands_what_it_is_asked() -> None:
     assert asked.etcd == ["http://10.0.0.1:2379"]
     assert {"--device=/dev/infiniband", "--pid=host", "--ipc=host", "--gpus=all"} <= set(asked.run_option)
     assert "UCX_NET_DEVICES=mlx5_0:1" in asked.image_env
+    hosts["g1"]["doctor_network"] = False
+    asked = probe.parser().parse_args(plan.probe_options(plan.build(made, "g1", settings, hosts)))
+    assert asked.reach == asked.etcd == asked.nats == []
 
 
 def test_only_gpu_hosts_start_containers() -> None:
