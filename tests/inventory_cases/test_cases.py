@@ -83,3 +83,14 @@ def test_addresses_of_examples_are_pointed_at() -> None:
     result = playbook(ROOT / "inventories/common", ROOT / "inventories/single_node")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "addresses of examples, which no network has: gpu-1 (192.0.2.11)" in squeezed(result.stdout)
+
+
+def test_a_written_inventory_passes(tmp_path: Path) -> None:
+    arguments = ["--hosts", "g1=10.0.0.1,g2=10.0.0.2", "--service-hosts", "c1,c2,c3", "--fabric", "roce"]
+    arguments += ["--net-devices", "mlx5_0:1", "--prefill", "2", "--decode", "1", "--tp-decode", "8"]
+    command = [sys.executable, "-m", "pdstack.deploy.new_inventory", "rack", *arguments, "--directory", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60)
+    result = playbook(ROOT / "inventories/common", tmp_path / "rack")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "g1: 7 of its 8 GPUs have no worker" not in result.stdout
+    assert "6 of its 8 GPUs have no worker" in squeezed(result.stdout)
