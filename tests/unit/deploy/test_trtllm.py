@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import subprocess
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -237,10 +239,24 @@ def test_profiles_of_the_fabric_reach_the_container(backend: str, inventory: Any
     assert (spec["devices"], spec["pid_mode"], spec["gpus"]["visible"]) == (["/dev/infiniband"], "host", "all")
 
 
-def test_the_health_check_wants_200_with_the_image_s_python_alone() -> None:
-    found = trtllm.health_check("http://127.0.0.1:9/health", start_period="1800s")
+@pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False)])
+def test_the_health_check_wants_200_with_the_image_s_python_alone(status: int, healthy: bool) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    found = trtllm.health_check(f"http://127.0.0.1:{server.server_address[1]}/health", start_period="1800s")
     assert found["test"][:2] == ["CMD", "python3"]
-    assert subprocess.run(found["test"][1:], check=False, capture_output=True, timeout=20).returncode != 0
+    done = subprocess.run(found["test"][1:], check=False, capture_output=True, timeout=20)
+    server.shutdown()
+    server.server_close()
+    assert (done.returncode == 0) is healthy
 
 
 def test_a_change_of_backend_changes_workers_and_nothing_else(inventory: Any) -> None:
