@@ -1,8 +1,8 @@
 """How much longer the doctor takes over sixteen hosts than over one.
 
 The hosts are simulated (fake trees of 8 GPUs, 4 NVSwitches and 8 adapters each) and asked over Ansible's local
-connection, so that all probes share the cores of this machine: real hosts have their own. Both sizes run in turn, so that
-a slower minute of the machine slows both; the time is that of the whole command.
+connection, so that all probes share the cores of this machine: real hosts have their own. Both sizes run in turn, so
+that a slower minute of the machine slows both; the time is that of the whole command.
 
     python -m benchmarks.doctor_fleet --hosts 16 --rounds 5
 """

@@ -96,3 +96,7 @@ def test_good_hosts_give_status_0(tmp_path: Path) -> None:
     done = doctor(inventory, "-e", f"doctor_file={tmp_path}/doctor.json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "doctor.json").read_text())["status"] == 0
+    done = doctor(inventory, "-e", f"doctor_file={tmp_path}/doctor.json", "--limit", "g1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(json.loads((tmp_path / "doctor.json").read_text())["hosts"]) == {"g1"}
+    assert "1 host: " in done.stdout

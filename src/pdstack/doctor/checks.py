@@ -23,7 +23,7 @@ KNOWN = {("debian", "12"), ("rhel", "9"), ("rocky", "9"), ("almalinux", "9"), ("
 EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104  # compared with, never bound to
 SIGNERS = ("Canonical", "Red Hat", "Rocky", "Debian Secure Boot", "NVIDIA")
 NOT_GPU = "not a GPU host"
-NEEDS_IMAGE = "needs the runtime image: give its reference (--image, or doctor__image)"
+NEEDS_IMAGE = "needs the runtime image: give its reference (--image, or doctor_image)"
 
 
 @dataclass(frozen=True)
@@ -1003,7 +1003,7 @@ def _ucx_speed(facts: Facts, plan: Plan) -> Outcome:
         return image
     measured, wanted = image["perf_mb_s"], plan["fabric"]["least_mb_s"]
     if measured is None and not image["perf_text"]:
-        return skip("not measured (--perf, or doctor__perf)")
+        return skip("not measured (--perf, or doctor_perf)")
     if measured is None:
         return bad(image["perf_text"][-160:], f"{wanted} MB/s", "see check 36; the pair did not run")
     if measured >= wanted:

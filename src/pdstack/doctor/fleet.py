@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shlex
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ from typing import Any
 from pdstack.doctor import checks, plan
 from pdstack.doctor import report as written
 
-# Ends the text of the probe on the standard input of a shell; it stands on no line of it.
-END = "PDSTACK_PROBE_ENDS"
+# Compressed, the probe fits on a command line however often the way there quotes it (ssh, sudo, a login shell).
+UNPACK = 'import base64,zlib;exec(zlib.decompress(base64.b64decode("{}")).decode())'
 
 
 def commands(
@@ -26,17 +28,18 @@ def commands(
 ) -> dict[str, str]:
     """Return host -> shell command that runs the probe there.
 
-    The probe comes with the command, on the shell's standard input: it needs no file and none of Ansible's modules on
-    the host, whose Python may be too old for them.
+    The probe comes with the command: it needs no file and none of Ansible's modules on the host, whose Python may be too
+    old for them.
     """
-    source = (Path(__file__).parent / "probe.py").read_text()
+    packed = zlib.compress((Path(__file__).parent / "probe.py").read_bytes(), 9)
+    script = UNPACK.format(base64.b64encode(packed).decode())
     found = {}
     for host in hosts:
         variables = hostvars[host]
         root = str(variables.get("pdstack_probe_root") or "/")
         options = plan.probe_options(plan.build(topology, host, settings, hostvars), root, image=image, perf=perf)
         python = str(variables.get("pdstack_python") or "/usr/bin/python3")
-        found[host] = f"{shlex.join([python, '-', *options])} <<'{END}'\n{source}\n{END}\n"
+        found[host] = shlex.join([python, "-c", script, *options])
     return found
 
 
@@ -96,9 +99,15 @@ def report(
     settings: Mapping[str, Any],
     hostvars: Mapping[str, Mapping[str, Any]],
     register: str = "pdstack_r_probe",
+    *,
+    limited: bool = False,
 ) -> dict[str, Any]:
-    """Return the report over what the hosts answered, kept in their variable `register`."""
-    answers = {host: answer(hostvars[host].get(register)) for host in hosts}
+    """Return the report over what the hosts answered, kept in their variable `register`.
+
+    `limited` says that only some of them were asked on purpose; the others are then left out.
+    """
+    said = {host: hostvars[host].get(register) for host in hosts}
+    answers = {host: answer(words) for host, words in said.items() if words is not None or not limited}
     known = Known(hostvars, {host: facts for host, (facts, _) in answers.items()})
     rows = {}
     for host, (facts, reason) in answers.items():
