@@ -188,6 +188,7 @@ VERSIONS: dict[str, Field] = {
     "nats": Field("str"),
     "trtllm_runtime": Field("strings"),
     "gpu": Field("strings"),
+    "wheels": Field("dict"),
     "images": Field("dict"),
     "collections": Field("dict"),
     "models": Field("dict"),

@@ -129,3 +129,34 @@ def buffer_tokens(log: str) -> int | None:
 def complaints(log: str) -> list[str]:
     """Return UCX's warnings and errors, each once: a misspelt variable, a transport or device that is not there."""
     return list(dict.fromkeys(match["text"] for line in log.splitlines() if (match := _WARNING.search(line))))
+
+
+def devices(info: str) -> dict[str, list[str]]:
+    """Return the transports of a host with their devices.
+
+    From `ucx_info -d`, or, without devices, from what UCX answers to a UCX_TLS that it does not know (with aliases).
+    """
+    found: dict[str, list[str]] = {}
+    transport = ""
+    for line in info.splitlines():
+        if match := re.match(r"#\s+Transport:\s+(\S+)", line):
+            transport = match[1]
+            found.setdefault(transport, [])
+        elif (match := re.match(r"#\s+Device:\s+(\S+)", line)) and transport:
+            found[transport].append(match[1])
+        elif match := re.search(r"transport\S* .* not available, please use one or more of: (.*)$", line):
+            found |= {name.strip(): [] for name in match[1].split(",")}
+    return found
+
+
+def variables(configuration: str) -> set[str]:
+    """Return every variable that UCX knows, from `ucx_info -cf`: those it prints, and the ones that others inherit."""
+    own = re.findall(r"^(UCX_[A-Z0-9_]+)=", configuration, re.MULTILINE)
+    lines = re.findall(r"^# inherits:\s+(.*)$", configuration, re.MULTILINE)
+    return {*own, *(name for line in lines for name in re.findall(r"UCX_[A-Z0-9_]+", line))}
+
+
+def version(text: str) -> str:
+    """Return the version from `ucx_info -v`, nothing if it says none."""
+    found = re.search(r"Library version:\s*(\S+)", text)
+    return found[1] if found else ""
