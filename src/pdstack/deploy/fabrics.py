@@ -30,12 +30,12 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda_copy", "cuda_ipc", "gdr_copy"),
     "ugni": ("ugni_smsg", "ugni_udt", "ugni_rdma"),
 }
-# The alias of each brings what it needs beside it; naming it alone breaks the wire-up, or GPU memory.
+# The alias of each brings what it needs beside it; naming it alone breaks the wire-up, or GPU memory. cuda_copy stands
+# alone where GPU memory is to be copied and never opened by the peer (profile tcp).
 _EXACT = {
     "rc_verbs": "rc",
     "rc_mlx5": "rc",
     "dc_mlx5": "dc",
-    "cuda_copy": "cuda",
     "cuda_ipc": "cuda",
     "gdr_copy": "cuda",
 }
