@@ -139,7 +139,11 @@ def look(given: Path, uid: int, gid: int) -> dict[str, Any]:
 
 
 def different(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return, as sentences, which hosts hold another model than most; `found` is host -> what `look` returned."""
+    """Return, as sentences, which hosts hold another model than most; `found` is host -> what `look` returned.
+
+    A host that holds none is not compared.
+    """
+    found = {host: looked for host, looked in found.items() if looked["digest"]}
     counted = Counter(str(look["digest"]) for look in found.values())
     if len(counted) < 2:
         return []

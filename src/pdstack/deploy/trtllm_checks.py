@@ -45,9 +45,11 @@ def problems(
     if settings.get("engine") != "trtllm":
         return []
     found = [*_model(settings), *_shared_engine(settings), *_options("trtllm_args", settings.get("trtllm_args"))]
+    found += _template("trtllm_args", settings.get("trtllm_args"), settings)
     for what, item in _items(groups, hosts):
         found += _engine(f"{what}.engine", item.get("engine"))
         found += _options(f"{what}.args", item.get("args"))
+        found += _template(f"{what}.args", item.get("args"), settings)
         found += _environment(f"{what}.env", item.get("env"), settings)
     sound = not found
     try:
@@ -61,7 +63,7 @@ def problems(
         for entry in entries:
             found += [*_parallel(entry), *_transfer(entry, settings), *_lengths(entry, settings), *_batches(entry)]
             found += _routing(entry, settings)
-        found += _alike(entries)
+        found += _alike(entries, settings)
     return found
 
 
@@ -176,6 +178,19 @@ def _options(what: str, value: object) -> Iterator[Problem]:
             )  # fmt: skip
         elif (wrong := field.wrong(item)) is not None:
             yield Problem(f"{what}.{name}", show(item), wrong, f"correct {what}.{name}{_hint(item, field)}")
+
+
+def _template(what: str, value: object, settings: Mapping[str, Any]) -> Iterator[Problem]:
+    """A worker ends when its chat template is not there, and its container has the model's directory alone."""
+    path = value.get("custom_jinja_template") if isinstance(value, Mapping) else None
+    directory = settings.get("model_ref")
+    if settings.get("model_source") != "path" or not isinstance(path, str) or not isinstance(directory, str):
+        return
+    if not PurePosixPath(path).is_relative_to(directory):
+        yield Problem(
+            f"{what}.custom_jinja_template", show(path), f"a file below {directory} (model_ref)",
+            "put the template into the model's directory on every host: the container has no other",
+        )  # fmt: skip
 
 
 def _environment(what: str, value: object, settings: Mapping[str, Any]) -> Iterator[Problem]:
@@ -354,7 +369,7 @@ def _routing(entry: Entry, settings: Mapping[str, Any]) -> Iterator[Problem]:
         )  # fmt: skip
 
 
-def _alike(entries: Sequence[Entry]) -> Iterator[Problem]:
+def _alike(entries: Sequence[Entry], settings: Mapping[str, Any]) -> Iterator[Problem]:
     """KV is taken over as it lies: block by block, in its type."""
     for path, reason in (
         ("kv_cache_config.dtype", "decode reads the bytes that prefill wrote"),
@@ -362,6 +377,11 @@ def _alike(entries: Sequence[Entry]) -> Iterator[Problem]:
         ("dtype", "the type of KV follows that of the model"),
     ):
         values = {entry.what: _get(entry.config, path.split(".")) for entry in entries}
+        if path == "kv_cache_config.tokens_per_block":
+            # The router counts in blocks too, and reads `common`.
+            values["the frontend"] = trtllm.block_size(
+                settings["trtllm_engine_defaults"], settings.get("trtllm_engine") or {}
+            )
         if len(set(map(str, values.values()))) > 1:
             yield Problem(
                 f"{path} of the workers", "; ".join(f"{show(value)}: {where}" for value, where in _grouped(values)),

@@ -126,6 +126,7 @@ def test_hosts_with_another_model_are_named(model: Path, tmp_path: Path) -> None
     safetensors(model / "model.safetensors", fill=b"\1")
     other = look(model)
     assert modelfiles.different({"a": same, "b": same}) == []
+    assert modelfiles.different({"a": same, "b": look(tmp_path / "none")}) == []
     (sentence,) = modelfiles.different({"a": same, "b": same, "c": more})
     assert sentence == "c differs from a: with extra.txt"
     (sentence,) = modelfiles.different({"a": same, "b": other, "c": same})

@@ -266,3 +266,16 @@ def test_every_field_that_is_offered_is_one_of_the_engine(inventory: Any) -> Non
     for key, fields in known.items():
         if key:
             assert set(tables[key]) == set(fields), key
+
+
+def test_the_router_counts_in_the_workers_blocks(inventory: Any) -> None:
+    both = {role: {"kv_cache_config": {"tokens_per_block": 64}} for role in ("prefill", "decode")}
+    (problem,) = problems(changed(inventory, trtllm_engine=both))
+    assert "'32': the frontend" in problem.found
+    assert problems(changed(inventory, trtllm_engine={"common": both["decode"]})) == []
+
+
+def test_a_chat_template_is_where_the_container_sees_it(inventory: Any) -> None:
+    assert problems(changed(inventory, trtllm_args={"custom_jinja_template": "/models/m/chat.jinja"})) == []
+    (problem,) = problems(changed(inventory, trtllm_args={"custom_jinja_template": "/srv/chat.jinja"}))
+    assert problem.wanted == "a file below /models/m (model_ref)"
