@@ -12,7 +12,7 @@ from ansible.errors import AnsibleFilterError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-from pdstack.deploy import tuning  # needs the path above
+from pdstack.deploy import topology, tuning  # needs the path above
 from pdstack.deploy.packages import driver
 
 
@@ -41,8 +41,16 @@ def plan(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> driver.Plan:
     return driver.plan(driver.system(facts), nvswitches=len(facts["pci"]["nvswitches"]), **settings)
 
 
-def planned_ports(uses: Iterable[Mapping[str, Any]], host: str) -> list[int]:
-    return [use["port"] for use in uses if use["host"] == host]
+def ports(deployment: Any, host: str) -> list[int]:
+    return [use["port"] for use in topology.port_uses(deployment) if use["host"] == host]
+
+
+def shortfall_text(found: Iterable[Mapping[str, str]], host: str) -> str:
+    lines = [f"{host}: its driver does not work yet."]
+    for problem in found:
+        lines += [f"- {problem['what']}"]
+        lines += [f"     {key + ':':7} {problem[key]}" for key in ("found", "wanted", "fix")]
+    return "\n".join(lines)
 
 
 class FilterModule:
@@ -55,13 +63,15 @@ class FilterModule:
             "pdstack_driver_plan": told(plan),
             "pdstack_driver_reboot_reason": told(driver.reboot_reason),
             "pdstack_driver_refusals": told(driver.refusals),
+            "pdstack_driver_shortfall_text": shortfall_text,
             "pdstack_driver_shortfalls": told(driver.shortfalls),
             "pdstack_driver_stream_steps": told(driver.stream_steps),
-            "pdstack_tuning_apt_guard": told(tuning.apt_guard),
+            "pdstack_tuning_apt_guard": lambda _: tuning.apt_guard(),
+            "pdstack_tuning_dnf_excludes": lambda _: tuning.dnf_excludes(),
             "pdstack_tuning_limits": told(tuning.limits_dropin),
-            "pdstack_tuning_locks": told(tuning.lock_patterns),
             "pdstack_tuning_pending": told(tuning.pending),
-            "pdstack_tuning_planned": told(planned_ports),
+            "pdstack_tuning_ports": told(ports),
             "pdstack_tuning_reserved": told(tuning.reserved_ports),
             "pdstack_tuning_sysctl": told(tuning.sysctl_file),
+            "pdstack_tuning_values": lambda results: tuning.values(results, "__host_tuning__item"),
         }

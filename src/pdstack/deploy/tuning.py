@@ -13,8 +13,19 @@ GUARDED = (
     "^nvidia-", "^libnvidia-", "^libcuda", "^cuda-", "^linux-modules-nvidia-", "^linux-(image|headers|generic)",
     "^docker", "^containerd", "^runc$", "^datacenter-gpu-manager", "^doca-", "^mlnx-", "^gdrdrv",
 )  # fmt: skip
-# The same for dnf: what a driver is made of, kept on its branch.
-LOCKED = ("*nvidia*", "nvlsm", "libnvsdm*", "nvsdm*")
+# The same as file name patterns, for dnf.
+EXCLUDED = (
+    "*nvidia*",
+    "cuda*",
+    "nvlsm",
+    "*nvsdm*",
+    "kernel*",
+    "docker*",
+    "moby-engine",
+    "containerd*",
+    "doca-*",
+    "mlnx-*",
+)
 # A listener that stands outside of this range cannot be taken by an outgoing connection.
 DEFAULT_LOCAL_RANGE = "32768\t60999"
 
@@ -86,6 +97,11 @@ def limits_dropin(nofile: int) -> str:
     )  # fmt: skip
 
 
-def lock_patterns(patterns: Sequence[str], branch: str) -> list[str]:
-    """Return dnf's versionlock patterns of a driver branch."""
-    return [f"{pattern}{branch}*" if pattern.endswith("*") else pattern for pattern in patterns]
+def dnf_excludes(patterns: Sequence[str] = EXCLUDED) -> str:
+    """Return the value of `excludepkgs` that keeps dnf-automatic off what a GPU host runs on."""
+    return " ".join(patterns)
+
+
+def values(results: Iterable[Mapping[str, object]], key: str) -> dict[str, str | None]:
+    """Return sysctl -> value out of the results of `cat`, whose items are under `key`; None where there is no file."""
+    return {str(one[key]): str(one["stdout"]).strip() if one["rc"] == 0 else None for one in results}

@@ -325,6 +325,21 @@ def test_a_reboot_is_for_versions_that_differ(changed: dict[str, Any], words: st
     assert (words in reason) if words else reason == ""
 
 
+@pytest.mark.parametrize(("reboot", "controller", "refused"), [(True, False, 0), (False, False, 1), (True, True, 1)])
+def test_an_upgrade_that_may_not_end_in_a_boot_is_not_begun(reboot: bool, controller: bool, refused: int) -> None:
+    old = {"loaded": "580.95.05", "on_disk": "580.95.05", "library": "580.95.05"}
+    for seen in (serving(**old), facts(driver={"nouveau": True}), serving(library="580.119.02")):
+        found = driver.refusals(plan(), seen, reboot=reboot, controller=controller)
+        assert whats(found) == ["reboot"] * refused
+    assert driver.refusals(plan(), serving(), reboot=False, controller=True) == []
+    assert driver.refusals(plan(), facts(), reboot=False, controller=True) == []
+
+
+def test_a_driver_of_somebody_else_may_have_any_version_from_the_minimum_on() -> None:
+    assert driver.shortfalls(plan(), serving("590.44.01"), minimum="580.65.06", gpus=2, manage=False) == []
+    assert driver.shortfalls(plan(), serving("575.57.08"), minimum="580.65.06", gpus=2, manage=False)
+
+
 def test_a_driver_that_runs_lacks_nothing() -> None:
     assert driver.shortfalls(plan(), serving(), minimum="580.65.06", gpus=2) == []
 

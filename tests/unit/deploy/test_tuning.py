@@ -54,5 +54,10 @@ def test_limits_let_containers_lock_memory() -> None:
     assert "LimitNOFILE=1048576\n" in tuning.limits_dropin(1048576)
 
 
-def test_locks_name_the_branch() -> None:
-    assert tuning.lock_patterns(["*nvidia*", "nvlsm"], "580") == ["*nvidia*580*", "nvlsm"]
+def test_values_are_those_of_the_files_that_are_there() -> None:
+    results = [{"item": "a.b", "rc": 0, "stdout": "1\t2\n"}, {"item": "c", "rc": 1, "stdout": ""}]
+    assert tuning.values(results, "item") == {"a.b": "1\t2", "c": None}
+
+
+def test_dnf_leaves_driver_and_kernel_alone() -> None:
+    assert {"*nvidia*", "kernel*"} <= set(tuning.dnf_excludes().split())

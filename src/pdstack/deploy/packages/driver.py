@@ -56,6 +56,7 @@ NOUVEAU = File(
 )
 INITRAMFS = {"deb": ["update-initramfs", "-u", "-k", "all"], "rpm": ["dracut", "--force", "--regenerate-all"]}
 PERSISTENCED = "/etc/systemd/system/nvidia-persistenced.service.d/pdstack.conf"
+NVLINK_MODULES = "/etc/modules-load.d/pdstack-nvlink.conf"
 # The user that the package made, by distribution.
 PERSISTENCED_USERS = ("nvidia-persistenced", "nvpd")
 # What modprobe says, and what helps.
@@ -91,9 +92,11 @@ class Plan(TypedDict):
     fabric_manager: list[str]
     modules: list[str]
     pin: File
+    nouveau: File
     stream: str
     dkms: bool
     initramfs: list[str]
+    files: list[str]
 
 
 def system(facts: Mapping[str, Any]) -> System:
@@ -149,6 +152,7 @@ def plan(
     switch = _fabric_manager(branch, deb, cuda, nvlink5) if nvswitches else []
     exact = version if cuda else ""
     keyring, repo = _repository(host, repositories) if cuda else (None, None)
+    pin = _pin(version if cuda else f"{branch}.*") if deb else File(path="", content="")
     return {
         "format": kind,
         "source": source,
@@ -161,10 +165,12 @@ def plan(
         "packages": [_versioned(name, exact, deb) for name in [*names, *switch]],
         "fabric_manager": switch,
         "modules": ["ib_umad"] if switch and nvlink5 else [],
-        "pin": _pin(version if cuda else f"{branch}.*") if deb else File(path="", content=""),
+        "pin": pin,
+        "nouveau": NOUVEAU,
         "stream": "" if deb else f"{branch}-{'open' if flavour == 'open' else 'dkms'}",
         "dkms": cuda,
         "initramfs": INITRAMFS[kind],
+        "files": [path for path in (NOUVEAU["path"], pin["path"], PERSISTENCED, NVLINK_MODULES) if path],
     }
 
 
@@ -270,13 +276,41 @@ def _repository(host: System, repositories: Mapping[str, Any]) -> tuple[KeyringP
     return None, repository.repository(NAME, {kind: chosen} if chosen else {}, host)
 
 
-def refusals(wanted: Plan, facts: Mapping[str, Any], *, gpus: int = 0, purge: bool = False) -> list[Problem]:
+def refusals(
+    wanted: Plan,
+    facts: Mapping[str, Any],
+    *,
+    gpus: int = 0,
+    purge: bool = False,
+    reboot: bool = True,
+    controller: bool = False,
+) -> list[Problem]:
     """Return what on a host is in the way of `wanted`, by the probe's facts; nothing was changed yet.
 
-    `gpus` is how many the inventory expects; with `purge` leftovers of other archives are removed and not refused.
+    `gpus` is how many the inventory expects; with `purge` leftovers of other archives are removed and not refused;
+    `reboot` says whether the host may be, `controller` that it is where Ansible runs, which cannot.
     """
     found = [*_hardware(facts, gpus), *_secure_boot(wanted, facts), *_installations(wanted, facts, purge)]
-    return [*found, *_held(wanted, facts)]
+    return [*found, *_held(wanted, facts), *_boot(wanted, facts, reboot, controller)]
+
+
+def _boot(wanted: Plan, facts: Mapping[str, Any], allowed: bool, controller: bool) -> list[Problem]:
+    """What needs a boot is refused before the packages change: half an upgrade is a host that serves nothing."""
+    reason = reboot_reason(facts)
+    loaded = facts["driver"]["loaded"]
+    if not reason and wanted["version"] and loaded and loaded != wanted["version"]:
+        reason = f"driver {loaded} is loaded, {wanted['version']} is to be"
+    if not reason or (allowed and not controller):
+        return []
+    fix = "deploy from another machine" if controller else "set gpu_driver__reboot: true"
+    return [
+        Problem(
+            "reboot",
+            reason,
+            "a boot, which this run may not do" + (" (the host is the controller itself)" if controller else ""),
+            f"{fix}, or keep the driver that is loaded (gpu_driver__version, or gpu_driver__manage: false)",
+        )
+    ]
 
 
 def _hardware(facts: Mapping[str, Any], gpus: int) -> list[Problem]:
@@ -418,13 +452,18 @@ def modprobe_fix(text: str) -> str:
     return next((fix for words, fix in MODPROBE.items() if words in text), "read `dmesg | grep -i -e nvidia -e NVRM`")
 
 
-def shortfalls(wanted: Plan, facts: Mapping[str, Any], *, minimum: str, gpus: int) -> list[Problem]:
-    """Return what a host whose driver was installed still lacks; empty when containers can use its GPUs."""
+def shortfalls(
+    wanted: Plan, facts: Mapping[str, Any], *, minimum: str, gpus: int, manage: bool = True
+) -> list[Problem]:
+    """Return what a host whose driver was installed still lacks; empty when containers can use its GPUs.
+
+    A driver that is not ours (`manage` false) may have any version from `minimum` on.
+    """
     driver = facts["driver"]
     smi = driver["nvidia_smi"]
     found = []
     loaded = driver["loaded"] or ""
-    target = wanted["version"]
+    target = wanted["version"] if manage else ""
     right = loaded == target if target else bool(loaded) and upstream(loaded) >= upstream(minimum)
     if not right:
         found.append(
