@@ -22,6 +22,8 @@ HOST = os.environ.get("PDSTACK_MOLECULE_HOST", "pdstack-molecule")
 STATE = ROOT / ".pdstack" / f"{HOST}-host"
 # Each builds on those before it.
 ORDER = (
+    "host_tuning",
+    "gpu_driver",
     "container_engine",
     "nvidia_toolkit",
     "images",

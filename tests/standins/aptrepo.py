@@ -221,7 +221,7 @@ def doca(version: str, at: str) -> list[Deb]:
 
 
 def headers(kernel: str, at: str) -> list[Deb]:
-    """Return headers for a kernel that no archive has, and an empty stand-in for dkms (the program is one as well)."""
+    """Return headers for a kernel that no archive has, an empty stand-in for dkms, and a leftover of Debian."""
     makefile = f"{at}/root/lib/modules/{kernel}/build/Makefile".lstrip("/")
     return [
         Deb(
@@ -229,6 +229,8 @@ def headers(kernel: str, at: str) -> list[Deb]:
             postinst=f"dkms autoinstall -k {kernel} || true\n",
         ),
         Deb("nvidia-dkms-helper", "1.0", architecture="all"),
+        # Debian's own driver brings this one; it is what gives that driver away.
+        Deb("glx-alternative-nvidia", "1.2.2", architecture="all"),
     ]  # fmt: skip
 
 

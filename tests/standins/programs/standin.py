@@ -27,9 +27,25 @@ DEFAULTS = {
     "gpu_name": "NVIDIA H100 80GB HBM3", "initramfs_blacklist": False, "memory_mib": 81559, "mig": "Disabled",
     "nvswitches": 0, "ofed": "", "persistence": False, "reboots": 0, "secure_boot": False,
     "signer": "DKMS module signing key", "toolkit": "1.20.0", "compute_mode": "Default", "broken_modprobe": [],
+    "containers": [], "stopped": [],
 }  # fmt: skip
 # What `install` puts in front of the real programs; the others come with packages, or by `pdstack-fake provide NAME`.
 KERNEL_TOOLS = ("dkms", "dracut", "lsmod", "modinfo", "modprobe", "mokutil", "update-initramfs")
+LINKED = (
+    "etc/apt",
+    "etc/docker",
+    "etc/modprobe.d",
+    "etc/os-release",
+    "etc/systemd",
+    "proc/sys/net",
+    "proc/sys/vm",
+    "run",
+    "proc/sys/kernel/numa_balancing",
+    "proc/sys/kernel/yama",
+    "proc/meminfo",
+    "var/lib/dpkg",
+    "var/lib/docker",
+)
 OURS = re.compile(r"(nvidia|nouveau|gdrdrv|ib_|mlx|rdma|iw_)")
 COMMUNICATE = (
     "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure that the latest NVIDIA "
@@ -286,6 +302,10 @@ def run_mokutil(argv):
     if "--sb-state" in argv:
         print("SecureBoot enabled" if state()["secure_boot"] else "SecureBoot disabled")
         return 0
+    if "--test-key" in argv:
+        known = state()["signer"] in state()["enrolled"]
+        print("{} is {}".format(argv[argv.index("--test-key") + 1], "already enrolled" if known else "not enrolled"))
+        return 0
     if "--list-enrolled" in argv:
         for number, signer in enumerate(state()["enrolled"], 1):
             print(f"[key {number}]\n        Subject: CN={signer}")
@@ -342,7 +362,8 @@ def run_smi(argv):
                 "persistence_mode": "Enabled" if now["persistence"] else "Disabled", "driver_version": loaded(),
                 "ecc.errors.uncorrected.volatile.total": "0", "compute_mode": now["compute_mode"],
                 "mig.mode.current": now["mig"], "pci.bus_id": f"00000000:{number + 1:02X}:00.0",
-                "ecc.mode.current": "Enabled",
+                "ecc.mode.current": "Enabled", "fabric.state": now["fabric"] if now["nvswitches"] else "[N/A]",
+                "fabric.status": "Success" if now["nvswitches"] else "[N/A]",
             }  # fmt: skip
             print(", ".join(values.get(key, "[N/A]") for key in fields))
         return 0
@@ -451,6 +472,20 @@ def run_ofed_info(argv):
     return 0
 
 
+def run_docker(argv):
+    """Enough of docker for a host that is drained: the names in the state's `containers` run until they are stopped."""
+    now = state()
+    if argv[:1] == ["ps"]:
+        print("\n".join(now["containers"]))
+    if argv[:1] == ["inspect"]:
+        for number, name in enumerate(argv[argv.index("--format") + 2 :], 4000):
+            print(f"{number}|/{name}|test|private|private|nvidia|null")
+    if argv[:1] == ["stop"]:
+        left = [name for name in now["containers"] if name not in argv]
+        change(containers=left, stopped=argv[1:])
+    return 0
+
+
 def run_gdrcopy_sanity(argv):
     good = os.path.exists(os.path.join(ROOT, "dev/gdrdrv"))
     print(f"Total: 28, Passed: {28 if good else 0}, Failed: {0 if good else 28}, Waived: 0")
@@ -468,7 +503,8 @@ def run_ibv_devinfo(argv):
 
 
 PROGRAMS = {
-    "dkms": run_dkms, "dracut": run_initramfs, "gdrcopy_sanity": run_gdrcopy_sanity, "ibv_devinfo": run_ibv_devinfo,
+    "dkms": run_dkms, "docker": run_docker, "dracut": run_initramfs, "gdrcopy_sanity": run_gdrcopy_sanity,
+    "ibv_devinfo": run_ibv_devinfo,
     "lsmod": run_lsmod, "modinfo": run_modinfo, "modprobe": run_modprobe, "mokutil": run_mokutil,
     "nvidia-container-cli": run_container_cli, "nvidia-container-runtime": run_container_runtime,
     "nvidia-ctk": run_ctk, "nvidia-smi": run_smi, "ofed_info": run_ofed_info, "update-initramfs": run_initramfs,
@@ -526,7 +562,9 @@ def do_reboot(argv):
         drop("sys/module/nouveau")
     drop("var/run/reboot-required")
     write("proc/sys/kernel/random/boot_id", str(uuid.uuid4()))
-    change(reboots=now["reboots"] + 1, persistence=False)
+    # A container that restarts always comes back with the engine, also when it was stopped by hand.
+    containers = now["containers"] + now["stopped"]
+    change(reboots=now["reboots"] + 1, persistence=False, containers=containers, stopped=[])
     failed = load("nvidia") if module("nvidia") else ""
     wanted = ""
     for path in glob.glob("/etc/modules-load.d/*.conf"):
@@ -549,6 +587,13 @@ def do_install(argv):
     here = os.path.realpath(__file__)
     os.makedirs(os.path.join(ROOT, "usr/bin"), exist_ok=True)
     write("proc/sys/kernel/osrelease", kernel())
+    # What is of the test host and no stand-in.
+    for path in LINKED:
+        place = os.path.join(ROOT, path)
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        if not os.path.lexists(place):
+            os.symlink("/" + path, place)
+    write("var/lib/dkms/mok.pub", "stand-in")
     for name in ("pdstack-fake", *KERNEL_TOOLS):
         for folder in (target, os.path.join(ROOT, "usr/bin")):
             path = os.path.join(folder, name)
@@ -568,6 +613,16 @@ def do_provide(argv):
             path = os.path.join(folder, name)
             if not os.path.lexists(path):
                 os.symlink(os.path.realpath(__file__), path)
+    return 0
+
+
+def do_withdraw(argv):
+    """Take programs away again that `provide` put there."""
+    for name in argv:
+        for folder in ("/usr/local/sbin", os.path.join(ROOT, "usr/bin")):
+            path = os.path.join(folder, name)
+            if os.path.islink(path):
+                os.remove(path)
     return 0
 
 
@@ -630,10 +685,10 @@ def do_show(argv):
 COMMANDS = {
     "driver": do_driver, "fabricmanager": do_fabricmanager, "install": do_install, "nouveau": do_nouveau,
     "persistenced": do_persistenced, "plug": do_plug, "provide": do_provide, "reboot": do_reboot,
-    "set": do_set, "show": do_show,
+    "set": do_set, "show": do_show, "withdraw": do_withdraw,
 }  # fmt: skip
 # Not worth a line of the log.
-QUIET = ("install", "provide", "set", "show", "driver", "plug", "nouveau")
+QUIET = ("install", "provide", "set", "show", "driver", "plug", "nouveau", "withdraw")
 
 
 def record(program, argv):
