@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -1340,8 +1340,3 @@ def _versions(facts: Facts, plan: Plan) -> Outcome:
         ", ".join(f"{name} {wanted[name]}" for name in wrong),
         "build the image again: the wheel's version was ignored; or correct versions.yml",
     )
-
-
-def table() -> Iterator[Check]:
-    """Yield the checks by number."""
-    yield from sorted(CHECKS, key=lambda entry: entry.number)

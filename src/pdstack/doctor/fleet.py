@@ -6,7 +6,7 @@ import base64
 import json
 import shlex
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,16 @@ def commands(
 ) -> dict[str, str]:
     """Return host -> shell command that runs the probe there.
 
-    The probe comes with the command: it needs no file and none of Ansible's modules on the host, whose Python may be too
-    old for them.
+    The probe comes with the command: it needs no file and none of Ansible's modules on the host, whose Python may be
+    too old for them.
     """
     packed = zlib.compress((Path(__file__).parent / "probe.py").read_bytes(), 9)
     script = UNPACK.format(base64.b64encode(packed).decode())
-    found = {}
+    known, found = Known(hostvars), {}
     for host in hosts:
-        variables = hostvars[host]
+        variables = known[host]
         root = str(variables.get("pdstack_probe_root") or "/")
-        options = plan.probe_options(plan.build(topology, host, settings, hostvars), root, image=image, perf=perf)
+        options = plan.probe_options(plan.build(topology, host, settings, known), root, image=image, perf=perf)
         python = str(variables.get("pdstack_python") or "/usr/bin/python3")
         found[host] = shlex.join([python, "-c", script, *options])
     return found
@@ -62,35 +62,44 @@ def answer(said: Any) -> tuple[Mapping[str, Any] | None, str]:
 
 
 class Known(Mapping[str, Mapping[str, Any]]):
-    """Every host's variables, with the facts that were read just now."""
+    """Every host's variables, with the facts that were read just now. Each is looked up once: Ansible templates it."""
 
-    def __init__(self, hostvars: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
-        self.hostvars, self.facts = hostvars, facts
+    def __init__(
+        self, hostvars: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Mapping[str, Any] | None] | None = None
+    ) -> None:
+        self.hostvars, self.facts = hostvars, facts or {}
+        self.seen: dict[str, Mapping[str, Any]] = {}
 
     def __getitem__(self, host: str) -> Mapping[str, Any]:
-        return _With(self.hostvars[host], {"pdstack_probe": self.facts.get(host)})
+        if host not in self.seen:
+            self.seen[host] = _Once(self.hostvars[host], {"pdstack_probe": self.facts.get(host)})
+        return self.seen[host]
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self.hostvars)
 
     def __len__(self) -> int:
         return len(self.hostvars)
 
 
-class _With(Mapping[str, Any]):
-    """Variables with some more: they are looked up one by one, because each costs a template."""
+class _Once(Mapping[str, Any]):
+    """Variables that remember what was looked up."""
 
-    def __init__(self, variables: Mapping[str, Any], more: Mapping[str, Any]) -> None:
-        self.variables, self.more = variables, more
+    def __init__(self, variables: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+        self.variables, self.known = variables, dict(known)
 
     def __getitem__(self, name: str) -> Any:
-        return self.more[name] if name in self.more else self.variables[name]
+        if name not in self.known:
+            self.known[name] = self.variables.get(name, KeyError)
+        if self.known[name] is KeyError:
+            raise KeyError(name)
+        return self.known[name]
 
-    def __iter__(self) -> Any:
-        return iter({**self.variables, **self.more})
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.variables)
 
     def __len__(self) -> int:
-        return len({**self.variables, **self.more})
+        return len(self.variables)
 
 
 def report(

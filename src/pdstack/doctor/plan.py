@@ -6,7 +6,6 @@ PCI bus is what is wanted. Standard library only, for Python >= 3.9.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -282,12 +281,3 @@ def run_options(wanted: Mapping[str, Any]) -> list[str]:
     if profile["rdma"]:
         options.append("--device=/dev/infiniband")
     return options
-
-
-def is_address(text: str) -> bool:
-    """Say whether a text is an IP address."""
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
