@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -78,11 +79,6 @@ class Servers:
 
 
 @pytest.fixture
-def ports() -> Ports:
-    return Ports()
-
-
-@pytest.fixture
 def servers(tmp_path: Path, ports: Ports) -> Iterator[Servers]:
     made = Servers(tmp_path, ports)
     for number in range(3):
@@ -93,12 +89,9 @@ def servers(tmp_path: Path, ports: Ports) -> Iterator[Servers]:
 
 
 @pytest.fixture
-def etcd(tmp_path: Path, ports: Ports) -> Iterator[Coordination]:
-    made = Coordination(tmp_path, ports)
-    made.prepare()
-    made.start()
-    yield made
-    made.stop()
+def etcd(own_coordination: Coordination) -> Coordination:
+    own_coordination.start()
+    return own_coordination
 
 
 def test_jetstream_keeps_a_message_on_every_server(servers: Servers) -> None:
@@ -124,6 +117,44 @@ def test_a_client_goes_on_with_another_server_when_it_loses_its_own(servers: Ser
         servers.programs[1].kill()
         assert client.ask("after") == "answer after"
         assert servers.clients(0) + servers.clients(2) > 0
+
+
+def test_streams_of_dynamo_outlive_the_server_that_made_them(servers: Servers) -> None:
+    servers.prove()
+    urls = [entry["url"] for entry in servers.entries]
+    client = prove.NatsClient(urls[0])
+    for name in ("namespace-my-own-component-prefill-kv-events", "namespace-other-component-prefill-kv-events"):
+        made = {"name": name, "subjects": [f"{name}.*"], "storage": "file", "num_replicas": 1}
+        client.request(f"$JS.API.STREAM.CREATE.{name}", json.dumps(made).encode())
+    assert "1 streams of my_own" in prove.replicate("my_own", urls)
+    assert "0 streams of my_own" in prove.replicate("my_own", urls)
+    name = "namespace-my-own-component-prefill-kv-events"
+
+    def information(through: str) -> dict[str, Any]:
+        asking = prove.NatsClient(through)
+        try:
+            return asking.request(f"$JS.API.STREAM.INFO.{name}")
+        finally:
+            asking.close()
+
+    def current() -> bool:
+        copies = information(urls[0])["cluster"].get("replicas") or []
+        return len(copies) == 2 and all(copy["current"] for copy in copies)
+
+    wait_for("every server has a copy", current)
+    leader = str(information(urls[0])["cluster"]["leader"])
+    lost = next(number for number, entry in enumerate(servers.entries) if entry["server_name"] == leader)
+    client.close()
+    servers.programs[lost].kill()
+    left = [url for number, url in enumerate(urls) if number != lost]
+
+    def another_leads() -> bool:
+        try:
+            return information(left[0])["cluster"].get("leader") not in (None, "", leader)
+        except prove.Unproved:
+            return False
+
+    wait_for("another server leads the stream", another_leads, 30)
 
 
 def test_dynamo_takes_one_nats_server_only(servers: Servers, etcd: Coordination) -> None:

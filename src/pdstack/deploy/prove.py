@@ -3,6 +3,11 @@
     python3 prove.py etcd TIMEOUT_S http://10.0.0.1:2379 [http://10.0.0.2:2379 ...]
     python3 prove.py jetstream TIMEOUT_S nats://10.0.0.1:4222 [nats://10.0.0.2:4222 ...] [http://10.0.0.1:8222 ...]
 
+    python3 prove.py replicate TIMEOUT_S NAMESPACE nats://10.0.0.1:4222 [nats://10.0.0.2:4222 ...]
+
+The last one proves nothing: it gives the streams of a Dynamo namespace a copy on every server, and says how many it
+changed. Dynamo 0.7 makes them with one copy, which is gone for as long as its server is.
+
 Standard library only, and in one file: the playbooks feed it to the python3 of a host. Both proofs use names of their
 own (a random part) and remove them again. Exit 0 with one line of what was proved, or 1 with found, wanted and fix.
 """
@@ -167,6 +172,32 @@ def prove_jetstream(*servers: str) -> str:
     return f"NATS: JetStream stored a message on {len(urls)} servers, and it was read through each"
 
 
+def replicate(namespace: str, servers: list[str]) -> str:
+    """Give every stream of the Dynamo namespace a replica on each server; return what was changed."""
+    # Dynamo's own spelling of the names; OBJ_ marks the bucket of the router's snapshots.
+    begins = f"namespace-{namespace.replace('_', '-').replace('.', '-')}-"
+    changed, offset, total = [], 0, 1
+    try:
+        client = NatsClient(servers[0])
+        try:
+            while offset < total:
+                page = client.request("$JS.API.STREAM.LIST", json.dumps({"offset": offset}).encode())
+                streams = page.get("streams") or []
+                total, offset = int(page["total"]), offset + max(1, len(streams))
+                for stream in streams:
+                    config = stream["config"]
+                    ours = config["name"].removeprefix("OBJ_").startswith(begins)
+                    if ours and config["num_replicas"] != len(servers):
+                        wanted = json.dumps(config | {"num_replicas": len(servers)}).encode()
+                        client.request(f"$JS.API.STREAM.UPDATE.{config['name']}", wanted)
+                        changed.append(config["name"])
+        finally:
+            client.close()
+    except (OSError, KeyError, ValueError) as error:
+        raise Unproved(f"{servers[0]}: {error or type(error).__name__}") from error
+    return f"NATS: {len(changed)} streams of {namespace} were given a copy on {len(servers)} servers {changed}"
+
+
 def until(proof: Callable[[], str], timeout_s: float) -> str:
     """Repeat a proof until it succeeds; its last failure is raised when the time is up."""
     deadline = time.monotonic() + timeout_s
@@ -185,16 +216,19 @@ def main(arguments: list[str]) -> int:
     proofs: dict[str, Callable[[], str]] = {
         "etcd": lambda: prove_etcd(urls),
         "jetstream": lambda: prove_jetstream(*urls),
+        "replicate": lambda: replicate(urls[0], urls[1:]),
     }
     wanted = {
         "etcd": ("a key written and read back through every member", "etcd"),
         "jetstream": ("a message stored by JetStream and read back through every server", "nats"),
+        "replicate": ("a copy of Dynamo's streams on every server", "nats"),
     }[what]
     try:
         sys.stdout.write(until(proofs[what], float(timeout_s)) + "\n")
     except Unproved as error:
         sys.stderr.write(
-            f"{what} could not be proved within {timeout_s} s, so no worker is started.\n"
+            f"{what} could not be {'done' if what == 'replicate' else 'proved'} within {timeout_s} s"
+            f"{'' if what == 'replicate' else ', so no worker is started'}.\n"
             f"   found:  {error}\n   wanted: {wanted[0]}\n"
             f"   fix:    read the log of its container (docker logs pdstack-NAME-{wanted[1]}), then deploy again\n"
         )
