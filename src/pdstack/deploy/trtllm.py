@@ -7,6 +7,7 @@ wrong with it is in `pdstack.deploy.trtllm_checks`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,6 +82,11 @@ def engine_config(
         others = pipeline * config.get("context_parallel_size", 1)
         config["tensor_parallel_size"] = max(1, gpus // others)
     return config
+
+
+def engine_yaml(config: Mapping[str, Any]) -> str:
+    """Return the engine's file; values out of an inventory are of Ansible's own types, which YAML does not know."""
+    return yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=True)
 
 
 def block_size(defaults: Mapping[str, Any], site: Mapping[str, Any]) -> int:
@@ -215,7 +221,7 @@ def worker(
         # The engine compiles kernels and keeps caches in its home.
         "read_only": False,
         "volumes": [f"{model_dir}:{model_dir}:ro"],
-        "files": [{"path": ENGINE_FILE, "content": yaml.safe_dump(dict(config), sort_keys=True)}],
+        "files": [{"path": ENGINE_FILE, "content": engine_yaml(config)}],
         "gpus": {
             "ids": list(entry["gpus"]),
             "mode": gpu_mode,

@@ -259,6 +259,15 @@ def test_the_health_check_wants_200_with_the_image_s_python_alone(status: int, h
     assert (done.returncode == 0) is healthy
 
 
+def test_values_of_an_inventory_are_of_other_types() -> None:
+    class Tagged(str):
+        pass
+
+    assert trtllm.engine_yaml({"backend": Tagged("pytorch"), "nested": {"dtype": Tagged("auto")}}) == (
+        "backend: pytorch\nnested:\n  dtype: auto\n"
+    )
+
+
 def test_a_change_of_backend_changes_workers_and_nothing_else(inventory: Any) -> None:
     ucx, nixl = (frontend(Deployment(inventory, kv_transfer_backend=backend)) for backend in ("ucx", "nixl"))
     assert ucx == nixl
