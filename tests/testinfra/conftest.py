@@ -37,17 +37,38 @@ def read_deployment() -> dict[str, Any]:
 def service_list(deployment: dict[str, Any]) -> list[dict[str, Any]]:
     """All containers of the deployment: service, host, container, image (key of images), endpoint."""
     topology = deployment["topology"]
-    kinds = [("etcd", "etcd", "client_url"), ("nats", "nats", "url"), ("frontends", "worker", "url")]
+    engine = "runtime" if deployment["engine"] == "trtllm" else "worker"
+    etcd, nats = ("runtime", "runtime") if deployment.get("coordination") == "runtime" else ("etcd", "nats")
+    kinds = [("etcd", etcd, "client_url"), ("nats", nats, "url"), ("frontends", engine, "url")]
     services = [
-        {"service": entry["container"].rpartition("-")[2], "image": image, "endpoint": entry[endpoint], **entry}
+        {
+            "service": entry["container"].rpartition("-")[2],
+            "kind": kind,
+            "image": image,
+            "endpoint": entry[endpoint],
+            **entry,
+        }
         for kind, image, endpoint in kinds
         for entry in topology[kind]
     ]
     workers = [
-        {"service": entry["name"], "image": "worker", "endpoint": entry["status_url"], **entry}
+        {"service": entry["name"], "kind": "workers", "image": engine, "endpoint": entry["status_url"], **entry}
         for entry in topology["workers"]
-    ]
+    ]  # fmt: skip
     return services + workers
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "engine(name): for deployments with this engine only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is for another engine: it is no part of this deployment's proof."""
+    engine = read_deployment()["engine"]
+    others = [item for item in items if (mark := item.get_closest_marker("engine")) and mark.args[0] != engine]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

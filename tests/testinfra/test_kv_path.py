@@ -22,6 +22,8 @@ from testinfra.host import Host
 
 from pdstack.deploy import ask, proof
 
+# With engine trtllm: test_trtllm.py.
+pytestmark = pytest.mark.engine("reference")
 CONCURRENT = 4
 RECORD_TIMEOUT_S = 5.0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,12 +28,36 @@ def container(service: dict[str, Any], inspected: Inspected) -> dict[str, Any]:
     return found
 
 
+# Asks a running container of the runtime image, by reading and without importing its engine.
+RUNTIME_PROBE = Path(__file__).resolve().parents[2] / "src/pdstack/deploy/runtime_probe.py"
+RUNTIME_USER = "1000:0"
+
+
+def runtime_versions(service: dict[str, Any], host: Host) -> dict[str, str]:
+    """What the runtime image of engine trtllm holds, by the names of the versions file."""
+    script = shlex.quote(RUNTIME_PROBE.read_text())
+    done = host.run(f"docker exec {service['container']} python3 -c {script}")
+    assert done.rc == 0, done.stderr
+    facts = json.loads(done.stdout.strip().splitlines()[-1])
+    found = {"dynamo": facts["dynamo"], "tensorrt_llm": facts["tensorrt_llm"]["module"], "ucx": facts["ucx"]}
+    return found | {name.replace("-", "_"): version for name, version in facts["nixl"].items()}
+
+
+def wanted_version(service: dict[str, Any], name: str, deployment: dict[str, Any]) -> str:
+    """The version of the file for what a service runs from."""
+    pins = deployment["versions"]
+    runtime = service["image"] == "runtime" and name.partition("_")[0] in pins["trtllm_runtime"]
+    return str(pins["trtllm_runtime"][name.partition("_")[0]] if runtime else pins[name])
+
+
 def measured_versions(service: dict[str, Any], host: Host) -> dict[str, str]:
     """Ask the running service, not its label."""
-    if service["image"] == "etcd":
+    if service["kind"] == "etcd":
         return {"etcd": ask.get_json(f"{service['client_url']}/version")["etcdserver"]}
-    if service["image"] == "nats":
+    if service["kind"] == "nats":
         return {"nats": ask.get_json(f"{service['monitor_url']}/varz")["version"]}
+    if service["image"] == "runtime":
+        return runtime_versions(service, host)
     found = host.run(f"docker exec {service['container']} python3 -c {shlex.quote(VERSION_SCRIPT)}")
     assert found.rc == 0, found.stderr
     versions = json.loads(found.stdout)
@@ -71,7 +96,7 @@ def test_running_and_healthy(
     )
     assert health == "healthy", f"{service['container']}: {health} {last}"
     for name, version in versions.items():
-        wanted = deployment["versions"][name]
+        wanted = wanted_version(service, name, deployment)
         assert version == wanted, f"{service['container']}: found {name} {version}, wanted {wanted}"
 
 
@@ -87,11 +112,16 @@ def test_pinned_image(
 
 def test_confined(service: dict[str, Any], container: dict[str, Any], deployment: dict[str, Any]) -> None:
     config, limits = container["Config"], container["HostConfig"]
-    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", config["User"]), (
-        f"user {config['User']!r}, wanted a numeric one, not root"
-    )
-    assert config["User"].split(":")[0] == str(deployment["uid"])
-    assert limits["ReadonlyRootfs"]
+    # The image's own user, whose group is 0; the engine compiles kernels into its home.
+    engine = service["image"] == "runtime" and service["kind"] in ("workers", "frontends")
+    if engine:
+        assert config["User"] == RUNTIME_USER
+    else:
+        assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", config["User"]), (
+            f"user {config['User']!r}, wanted a numeric one, not root"
+        )
+        assert config["User"].split(":")[0] == str(deployment["uid"])
+    assert limits["ReadonlyRootfs"] or (engine and service["kind"] == "workers")
     assert limits["CapDrop"] == ["ALL"]
     assert any(option.startswith("no-new-privileges") for option in limits["SecurityOpt"])
     assert not limits["Privileged"]

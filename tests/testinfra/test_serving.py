@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from pdstack.deploy import ask
 
 
@@ -25,6 +27,7 @@ def test_a_chat_is_streamed_to_its_end(deployment: dict[str, Any], topology: dic
             assert len(answer.pieces) > 1, f"found one piece {answer.text!r}, wanted a stream"
 
 
+@pytest.mark.engine("reference")
 def test_every_worker_can_serve(topology: dict[str, Any]) -> None:
     assert {worker["role"] for worker in topology["workers"]} == {"prefill", "decode"}
     for worker in topology["workers"]:
@@ -33,6 +36,7 @@ def test_every_worker_can_serve(topology: dict[str, Any]) -> None:
         assert (health["name"], health["role"]) == (worker["name"], worker["role"])
 
 
+@pytest.mark.engine("reference")
 def test_a_request_that_cannot_be_served_is_refused_with_the_reason(
     deployment: dict[str, Any], topology: dict[str, Any]
 ) -> None:
