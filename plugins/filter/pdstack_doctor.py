@@ -33,6 +33,10 @@ def evaluate(
     return [result.as_dict() for result in checks.evaluate(facts, wanted, stages=stages, ids=ids)]
 
 
+def table(hosts: Mapping[str, Any], *, everything: bool = False) -> str:
+    return "\n".join(["Host by host:", *report.render(hosts, everything=everything)])
+
+
 class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
@@ -42,5 +46,5 @@ class FilterModule:
             "pdstack_doctor_commands": told(fleet.commands),
             "pdstack_doctor_report": told(fleet.report),
             "pdstack_doctor_json": lambda content: json.dumps(content, indent=2) + "\n",
-            "pdstack_doctor_table": report.render,
+            "pdstack_doctor_table": table,
         }

@@ -308,6 +308,8 @@ def driver(tree: Tree, fake: Fake) -> None:
     else:
         tree.program("dkms", None)
     tree.program("nvidia-smi", smi(fake))
+    # That of this machine knows another one's libraries.
+    tree.program("ldconfig", None)
 
 
 def smi_status(fake: Fake) -> int | None:

@@ -947,6 +947,8 @@ def _mtu(facts: Facts, plan: Plan) -> Outcome:
         )
     # The odd one out is told, not all the others; where neither is the more common one, both are.
     peers = [mtu for mtu in plan["peer_mtu"].values() if mtu]
+    if not plan["mtu"] and not peers:
+        return skip("there is no other host to compare with")
     other = {host: mtu for host, mtu in sorted(plan["peer_mtu"].items()) if mtu and mtu != own}
     if len(other) >= len(peers) + 1 - len(other):
         found = ", ".join(f"{host} {mtu}" for host, mtu in list(other.items())[:3]) + (" ..." if len(other) > 3 else "")

@@ -27,6 +27,7 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tupl
 
 MIB = 1024 * 1024
 LISTEN = "0A"
+SIOCGIFADDR = 0x8915
 NVIDIA = "0x10de"
 MELLANOX = "0x15b3"
 OPEN_MODULE = "Open Kernel Module"
@@ -350,13 +351,20 @@ def query(host: Host, fields: Sequence[str]) -> Optional[Tuple[int, str, str]]:
     return host.run("nvidia-smi", wanted, "--format=csv,noheader,nounits", timeout_s=25.0)
 
 
+def library_versions(host: Host) -> List[str]:
+    """Return the versions of libnvidia-ml where distributions put it, else where the loader finds it."""
+    paths = [path for place in LIBRARIES for path in host.glob(place + "/libnvidia-ml.so.*.*")]
+    if not paths:
+        known = re.findall(r"libnvidia-ml\.so\.1 .*=> (\S+)", host.output("ldconfig", "-p") or "")
+        paths = [os.path.realpath(host.path(path)) for path in known]
+    return [path.rpartition(".so.")[2] for path in paths if re.search(r"\.so\.\d+\.\d", path)]
+
+
 def driver_facts(host: Host, kernel: str) -> Facts:
     """Return the three versions of the driver, its flavour, and what may keep it from loading."""
     about = host.read("/proc/driver/nvidia/version")
     info = module_info(host, "nvidia", kernel)
-    libraries = [
-        path.rpartition(".so.")[2] for place in LIBRARIES for path in host.glob(place + "/libnvidia-ml.so.*.*")
-    ]
+    libraries = library_versions(host)
     flavour = ""
     if about is not None:
         flavour = "open" if OPEN_MODULE in about else "proprietary"
@@ -646,16 +654,30 @@ def link_addresses(text: str) -> Dict[str, List[str]]:
     return found
 
 
+def kernel_address(host: Host, name: str) -> Optional[List[str]]:
+    """Return an interface's first IPv4 address as the kernel tells it (hosts without `ip`); None for a fake root."""
+    if host.root:
+        return None
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        try:
+            said = fcntl.ioctl(asked.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+        except OSError:
+            return []
+    return [socket.inet_ntoa(said[20:24])]
+
+
 def interface_facts(host: Host) -> List[Facts]:
     """Return the network interfaces; `addresses` is null where the host cannot say."""
     said = host.output("ip", "-o", "addr")
-    addresses = link_addresses(said) if said is not None else None
+    addresses = link_addresses(said or "")
     return [
         {
             "name": name,
             "mtu": number(host.read("/sys/class/net/" + name + "/mtu")),
             "state": host.read("/sys/class/net/" + name + "/operstate") or "",
-            "addresses": None if addresses is None else addresses.get(name, []),
+            "addresses": addresses.get(name, []) if said is not None else kernel_address(host, name),
         }
         for name in host.names("/sys/class/net")
         if host.exists("/sys/class/net/" + name + "/mtu")

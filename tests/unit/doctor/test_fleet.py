@@ -108,5 +108,6 @@ def test_filters(tmp_path: Path) -> None:
     rows = filters["pdstack_doctor"](facts, wanted, ids=["nouveau", "os"])
     assert [row["id"] for row in rows] == ["os", "nouveau"]
     assert "nouveau is not loaded (check 7)" in filters["pdstack_doctor_text"](rows, "h2")
+    assert filters["pdstack_doctor_table"]({"h2": rows}).startswith("Host by host:\nFAIL  h2   7  nouveau")
     with pytest.raises(Exception, match="no such check"):
         filters["pdstack_doctor"](facts, wanted, ids=["nuveau"])

@@ -256,6 +256,20 @@ def test_the_owner_of_a_real_socket_is_found() -> None:
     assert next(entry for entry in found if entry["port"] == port)["pid"] == os.getpid()
 
 
+def test_without_ip_the_kernel_tells_the_first_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe.Host, "program", lambda self, name: None)
+    found = probe.interface_facts(probe.Host("/"))
+    assert next(entry for entry in found if entry["name"] == "lo")["addresses"] == ["127.0.0.1"]
+
+
+def test_a_library_in_an_unusual_place_is_found_by_the_loader(tmp_path: Path) -> None:
+    tree = fakehost.Tree(tmp_path)
+    tree.file("opt/nv/libnvidia-ml.so.580.1.2")
+    tree.link("opt/nv/libnvidia-ml.so.1", "libnvidia-ml.so.580.1.2")
+    tree.program("ldconfig", "echo '\tlibnvidia-ml.so.1 (libc6,x86-64) => /opt/nv/libnvidia-ml.so.1'")
+    assert probe.library_versions(probe.Host(str(tmp_path))) == ["580.1.2"]
+
+
 def test_rdma(host: Host) -> None:
     found = host(nics=2, link_layer="Ethernet", ofed="OFED-internal-25.07-0.9.7", mlx5_core="25.07-0.9.7", peermem=True)
     rdma = found["rdma"]
