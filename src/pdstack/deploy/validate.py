@@ -50,11 +50,13 @@ def problems(
     found = [*_scalars(settings), *_choices(settings), *_dicts(settings, hosts), *_groups(groups)]
     found += _workers(groups, hosts, settings)
     found += [*_gates(settings, hosts), *fleet.problems(groups, hosts, settings)]
-    # The topology can only be derived from settings of the right types.
-    if not any(problem.what.startswith(("pdstack_", "prefill_workers", "decode_workers")) for problem in found):
+    # The topology can only be derived from settings of the right types; so can what workers make of each other.
+    typed = not any(problem.what.startswith(("pdstack_", "prefill_workers", "decode_workers")) for problem in found)
+    if typed:
         found += [*_ports(groups, hosts, settings)]
     found += [*gpuhosts.problems(groups, hosts, settings), *_fabrics(groups, hosts, settings, found)]
-    found += trtllm_checks.problems(groups, hosts, settings)
+    if typed and not any(problem.what.startswith(("trtllm_", "kv_transfer_timeout")) for problem in found):
+        found += trtllm_checks.problems(groups, hosts, settings)
     # What is wrong with a profile is wrong on every host that uses it.
     return list(dict.fromkeys(found))
 

@@ -86,3 +86,11 @@ def test_text_is_empty_or_names_the_host(inventory: Any) -> None:
     assert obstacles.render([], "a") == ""
     problem = obstacles.Problem("port 1", "x", "y", "z")
     assert obstacles.render([problem], "h7").startswith("h7 is not ready")
+
+
+def test_the_port_of_a_rank_is_one_of_the_deployment(inventory: Any) -> None:
+    hosts = inventory.hosts(prefill_workers=[{"gpus": [0, 1]}], decode_workers=[{"gpus": [2]}])
+    built = topology.build(inventory.groups(), hosts, inventory.settings(engine="trtllm", pdstack_name="t"))
+    taken = survey(listeners=[listener(port=20001)])
+    found = obstacles.find(taken, built, "a", engine={}, model={}, model_dir="/m")
+    assert [problem.what for problem in found] == ["port 20001 for worker prefill-0 (rank 1)"]

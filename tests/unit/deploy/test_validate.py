@@ -109,10 +109,40 @@ anything = st.recursive(
 @given(data=st.data())
 def test_no_value_of_any_variable_breaks_the_check(inventory: Any, data: st.DataObject) -> None:
     key = data.draw(st.sampled_from(sorted(inventory.common["pdstack_settings"])))
-    chosen = inventory.settings(**{key: data.draw(anything)})
-    variable = data.draw(st.sampled_from(["engine_settings", "kv_fabric", "prefill_workers", "decode_workers"]))
-    hosts = inventory.hosts(**{variable: data.draw(anything)})
+    engine = data.draw(st.sampled_from(schema.CHOICES["engine"]))
+    chosen = inventory.settings(engine=engine) | {key: data.draw(anything)}
+    variable = data.draw(
+        st.sampled_from(["engine_settings", "kv_fabric", "prefill_workers", "decode_workers", *schema.GPU_HOST])
+    )
+    fabric = {"kv_fabric": data.draw(st.sampled_from(sorted(inventory.common["kv_fabrics"])))}
+    hosts = inventory.hosts(**(fabric | {variable: data.draw(anything)}))
     for problem in validate.problems(inventory.groups(), hosts, chosen):
         assert problem.found
         assert problem.wanted
         assert problem.fix
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
+@given(data=st.data())
+def test_no_entry_of_a_gpu_worker_breaks_the_check(inventory: Any, data: st.DataObject) -> None:
+    entry = data.draw(st.dictionaries(st.sampled_from(sorted(schema.GPU_WORKER)), anything))
+    hosts = inventory.hosts(prefill_workers=[entry], gpu_count=data.draw(st.none() | st.integers(-1, 9) | st.text()))
+    assert isinstance(validate.problems(inventory.groups(), hosts, inventory.settings(engine="trtllm")), list)
+
+
+def test_what_may_have_been_forgotten_is_said(inventory: Any) -> None:
+    workers = {"prefill_workers": [{"gpus": [0]}], "decode_workers": [{"gpus": [1]}]}
+    hosts = inventory.hosts(ansible_host="192.0.2.7", ansible_connection="ssh", gpu_count=4, **workers)
+    notes = validate.notes(inventory.groups(), hosts, inventory.settings(engine="trtllm"))
+    assert "a (192.0.2.7)" in notes[0]
+    assert notes[1] == "a: 2 of its 4 GPUs have no worker (2, 3)"
+    full = inventory.hosts(gpu_count=2, **workers)
+    assert validate.notes(inventory.groups(), full, inventory.settings(engine="trtllm")) == []
+
+
+@pytest.mark.parametrize(
+    ("found", "minimum", "older"),
+    [("1.20.0-1", "1.17.8", False), ("1.17.7-1", "1.17.8", True), ("2.9", "2.9", False), ("x", "1", True)],
+)
+def test_the_revision_of_a_package_does_not_count(found: str, minimum: str, older: bool) -> None:
+    assert versions.below(found, minimum) is older
