@@ -1,10 +1,11 @@
 """A long command that goes on by itself, and a line that says how far it is. For the build host: standard library only.
 
     build_job.py run   --state DIR --log FILE --cwd DIR -- COMMAND ...   runs it to its end; DIR/pid and DIR/status
-    build_job.py watch --state DIR --log FILE                            says where it is
+    build_job.py watch --state DIR --log FILE [--begun]                  says where it is
 
 `watch` prints "progress: ..." and ends with 75 while the command runs, with 0 after it has succeeded, with 1 after it
-has failed (then the log's last lines follow), and with 3 if there is no such command, or it was killed.
+has failed (then the log's last lines follow), and with 3 if there is no such command, or it was killed. With --begun the
+command was started a moment ago, and a state that is not there yet is waited for.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ NOT_THERE = 3
 TAIL_LINES = 25
 TAIL_BYTES = 1 << 20
 LONGEST_LINE = 160
+BEGINS_WITHIN_S = 60.0
 
 # BuildKit's plain progress, and the older builder's.
 _STEP = re.compile(
@@ -91,8 +93,11 @@ def run(state: Path, log: Path, cwd: Path, command: Sequence[str]) -> int:
     return status
 
 
-def watch(state: Path, log: Path) -> int:
-    """Print where the command is; return RUNNING, 0, FAILED or NOT_THERE."""
+def watch(state: Path, log: Path, patience_s: float = 0.0) -> int:
+    """Print where the command is; return RUNNING, 0, FAILED or NOT_THERE. Waits `patience_s` for it to begin."""
+    deadline = time.monotonic() + patience_s
+    while not (state / "pid").is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
     began = (state / "pid").stat().st_mtime if (state / "pid").is_file() else time.time()
     text = tail(log)
     say(f"progress: {progress(text, time.time() - began)}")
@@ -114,13 +119,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("verb", choices=["run", "watch"])
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--begun", action="store_true")
     parser.add_argument("--cwd", type=Path, default=Path())
     given = list(sys.argv[1:] if arguments is None else arguments)
     # By hand: argparse of older Pythons takes no list of words after options.
     at = given.index("--") if "--" in given else len(given)
     options = parser.parse_args(given[:at])
     if options.verb == "watch":
-        return watch(options.state, options.log)
+        return watch(options.state, options.log, BEGINS_WITHIN_S if options.begun else 0.0)
     return run(options.state, options.log, options.cwd, given[at + 1 :])
 
 

@@ -79,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(build(tree))
             return 0
         shutil.rmtree(options.repository, ignore_errors=True)
-        dynamo_source.git(tree, "clone", "--quiet", "--bare", "--template=", ".", str(options.repository.resolve()))
+        dynamo_source.git(
+            tree, "clone", "--quiet", "--bare", "--no-local", "--template=", ".", str(options.repository.resolve())
+        )
         print(commit)
     return 0
 

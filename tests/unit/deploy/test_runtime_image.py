@@ -451,3 +451,16 @@ def test_a_job_that_runs_is_seen_and_one_that_was_killed_is_not_waited_for(job: 
         assert build_job.main(["watch", *job]) == build_job.RUNNING
         process.kill()
     assert build_job.main(["watch", *job]) == build_job.NOT_THERE
+
+
+def test_a_job_that_was_just_started_is_waited_for(job: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    state = Path(job[1])
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        assert build_job.run(state, Path(job[3]), Path(job[5]), ["true"]) == 0
+
+    monkeypatch.setattr(build_job.time, "sleep", nap)
+    assert build_job.main(["watch", *job, "--begun"]) == 0
+    assert len(naps) == 1
