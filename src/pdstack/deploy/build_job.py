@@ -4,8 +4,8 @@
     build_job.py watch --state DIR --log FILE [--begun]                  says where it is
 
 `watch` prints "progress: ..." and ends with 75 while the command runs, with 0 after it has succeeded, with 1 after it
-has failed (then the log's last lines follow), and with 3 if there is no such command, or it was killed. With --begun the
-command was started a moment ago, and a state that is not there yet is waited for.
+has failed (then the log's last lines follow), and with 3 if there is no such command, or it was killed. With --begun
+the command was started a moment ago, and a state that is not there yet is waited for.
 """
 
 from __future__ import annotations

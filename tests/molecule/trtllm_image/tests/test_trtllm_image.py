@@ -92,8 +92,8 @@ def test_prefill_and_decode_of_the_image_answer_together(host: Host, start: Call
         start(
             role, f"--pid host --ipc host --cap-add SYS_PTRACE --env UCX_TLS=cma,tcp,self --env UCX_NET_DEVICES=lo "
             f"--env UCX_PROTO_INFO=y --env NVIDIA_VISIBLE_DEVICES=0 --env DYN_SYSTEM_PORT={PORTS[role]}",
-            f"python3 -m dynamo.trtllm --model-path /served/model --served-model-name tiny --disaggregation-mode {role} "
-            "--extra-engine-args /served/engine.yml",
+            "python3 -m dynamo.trtllm --model-path /served/model --served-model-name tiny "
+            f"--disaggregation-mode {role} --extra-engine-args /served/engine.yml",
         )  # fmt: skip
     asking = (
         'python3 -c "import sys, urllib.request as u; r = u.Request(sys.argv[1], sys.argv[2].encode(), '
