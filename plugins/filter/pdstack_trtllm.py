@@ -34,5 +34,6 @@ class FilterModule:
             "pdstack_trtllm_block_size": block_size,
             "pdstack_model_differences": differences,
             "pdstack_docker_variables": docker_variables,
+            "pdstack_trtllm_answering": trtllm.answering,
             "pdstack_trtllm_inflight": trtllm.inflight,
         }

@@ -15,7 +15,7 @@ import yaml
 
 from pdstack.deploy import fabrics, services
 from pdstack.deploy.services import CHECK, Spec
-from pdstack.deploy.topology import CONFIG_MOUNT, Frontend, Topology, Worker
+from pdstack.deploy.topology import CONFIG_MOUNT, LOOPBACK, Frontend, Topology, Worker, bracketed
 from pdstack.deploy.trtllm_fields import UNSET
 
 ENGINE_FILE = "engine.yaml"
@@ -294,6 +294,17 @@ def frontend(entry: Frontend, topology: Topology, *, router_mode: str, **known: 
         "healthcheck": health_check(f"{entry['url']}/health", start_period=CHECK["start_period"]),
         "labels": {**spec["labels"], "pdstack.engine": "trtllm"},
     }
+
+
+def answering(inspected: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return name and status URL of the running TensorRT-LLM workers among inspected containers."""
+    found = []
+    for container in inspected:
+        env = dict(item.split("=", 1) for item in container["Config"]["Env"] or () if "=" in item)
+        if container["State"]["Running"] and "DYN_SYSTEM_PORT" in env:
+            url = f"http://{bracketed(env.get('DYN_SYSTEM_HOST', LOOPBACK))}:{env['DYN_SYSTEM_PORT']}"
+            found.append({"name": str(container["Name"]).lstrip("/"), "url": url})
+    return found
 
 
 def inflight(metrics: str) -> int:

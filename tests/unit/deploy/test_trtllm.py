@@ -283,3 +283,12 @@ def test_requests_in_flight_are_added_up_over_endpoints() -> None:
     )
     assert trtllm.inflight(text) == 3
     assert trtllm.inflight("") == 0
+
+
+def test_workers_that_run_are_asked_where_their_environment_says() -> None:
+    def container(name: str, running: bool, *env: str) -> dict[str, Any]:
+        return {"Name": f"/{name}", "State": {"Running": running}, "Config": {"Env": [*env]}}
+
+    at = ("DYN_SYSTEM_HOST=fd00::1", "DYN_SYSTEM_PORT=9100")
+    found = trtllm.answering([container("a", True, *at), container("b", False, *at), container("c", True, "X=1")])
+    assert found == [{"name": "a", "url": "http://[fd00::1]:9100"}]
