@@ -259,11 +259,11 @@ def _nvidia_smi(facts: Facts, plan: Plan) -> Outcome:
         said = f"status {status}: {' '.join(smi['text'].split())[:160]}"
         return bad(said, f"{wanted} GPUs", _smi_fix(status, smi["text"]))
     if count < wanted:
-        return bad(f"{count} GPUs", f"{wanted} (gpu_count)", "look for Xid lines in dmesg; reseat, or lower gpu_count")
+        fix = "look for Xid lines in dmesg; reseat, or lower gpu_count"
+        return bad(f"{count} GPUs", f"{wanted} (gpu_count)", fix, stage="bare")
     if count > wanted:
-        return bad(
-            f"{count} GPUs", f"{wanted} (gpu_count)", "raise gpu_count, so that the plan knows them", verdict="warn"
-        )
+        fix = "raise gpu_count, so that the plan knows them"
+        return bad(f"{count} GPUs", f"{wanted} (gpu_count)", fix, verdict="warn", stage="bare")
     return ok(f"{count} x {smi['gpus'][0]['name']}")
 
 
@@ -379,7 +379,7 @@ def _gpu_health(facts: Facts, _plan: Plan) -> Outcome:
     gpus = facts["driver"]["nvidia_smi"]["gpus"]
     if not gpus:
         return skip("nvidia-smi lists no GPU")
-    wrong, fixes = [], []
+    wrong, fixes, stage = [], [], ""
     for gpu in gpus:
         if gpu["persistence"] not in (None, "Enabled"):
             wrong.append(f"GPU {gpu['index']} persistence {gpu['persistence']}")
@@ -387,14 +387,15 @@ def _gpu_health(facts: Facts, _plan: Plan) -> Outcome:
         if gpu["ecc"]:
             wrong.append(f"GPU {gpu['index']} {gpu['ecc']} uncorrected memory errors")
             fixes.append("reset the GPU; have it replaced if the errors come back")
+            stage = "bare"
         if gpu["compute_mode"] not in (None, "Default"):
             wrong.append(f"GPU {gpu['index']} compute mode {gpu['compute_mode']}")
             fixes.append("nvidia-smi -c DEFAULT")
+            stage = "bare"
     if not wrong:
         return ok("all well")
-    return bad(
-        "; ".join(wrong), "persistence Enabled, no uncorrected errors, mode Default", "; ".join(dict.fromkeys(fixes))
-    )
+    wanted = "persistence Enabled, no uncorrected errors, mode Default"
+    return bad("; ".join(wrong), wanted, "; ".join(dict.fromkeys(fixes)), stage=stage)
 
 
 @check(13, "fabric_manager", "fabric manager of the driver's version", "fail", "provisioned", mended_by="gpu_driver")
@@ -1163,12 +1164,17 @@ def _port_range(facts: Facts, plan: Plan) -> Outcome:
         f"{exposed[0]}{f' and {len(exposed) - 1} more' if len(exposed) > 1 else ''} in {low}-{high}",
         "outside of it, or in net.ipv4.ip_local_reserved_ports",
         "reserve them: an outgoing connection may take one before the service starts",
+        # The Ansible role is for GPU hosts.
+        stage="" if plan["gpu_host"] else "bare",
     )
 
 
-@check(43, "ptrace", "processes may read each other's memory", "warn", "provisioned", mended_by="host_tuning")
+@check(43, "ptrace", "processes may read each other's memory", "warn", "bare", gpu_only=False)
 def _ptrace(facts: Facts, plan: Plan) -> Outcome:
     """kernel.yama.ptrace_scope is at most 1."""
+    transports = plan["fabric"]["transports"]
+    if "cma" not in transports and not plan["gpu_host"]:
+        return skip("nothing here reads another process's memory")
     scope = facts["sysctl"]["kernel.yama.ptrace_scope"]
     if scope is None or int(scope) <= 1:
         return ok(f"ptrace_scope {scope}" if scope is not None else "no Yama")
@@ -1176,7 +1182,7 @@ def _ptrace(facts: Facts, plan: Plan) -> Outcome:
         f"kernel.yama.ptrace_scope {scope}",
         "0 or 1",
         "sysctl kernel.yama.ptrace_scope=1: UCX has no cma without it",
-        verdict="fail" if "cma" in plan["fabric"]["transports"] else "",
+        verdict="fail" if "cma" in transports and "cuda_ipc" not in transports else "",
     )
 
 

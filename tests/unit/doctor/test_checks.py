@@ -304,6 +304,28 @@ def test_hosts_without_gpus_are_not_asked_for_gpus() -> None:
     assert all(result.found == "not a GPU host" for result in results if result.id in ("nvidia_smi", "p2p", "cdi"))
 
 
+@pytest.mark.parametrize(
+    ("number", "what", "stage", "role"),
+    [
+        (6, {"smi_gpus": 1}, "bare", ""),
+        (6, {"loaded": None}, "provisioned", "gpu_driver"),
+        (12, {"persistence": "Disabled"}, "provisioned", "gpu_driver"),
+        (12, {"persistence": "Disabled", "ecc": "2"}, "bare", ""),
+    ],
+)
+def test_only_what_a_role_mends_is_said_to_be_mended(
+    tmp_path: Path, number: int, what: Facts, stage: str, role: str
+) -> None:
+    result = one(number, facts(tmp_path / "host", what, []), P())
+    assert (result.verdict != "ok", result.stage, result.mended_by) == (True, stage, role)
+
+
+def test_the_reference_engine_needs_ptrace_for_cma(tmp_path: Path) -> None:
+    found = facts(tmp_path / "host", {"sysctl": {"kernel.yama.ptrace_scope": "2"}}, [])
+    assert one(43, found, {**plan.empty(), "fabric": CMA}).verdict == "fail"
+    assert one(43, found, plan.empty()).verdict == "skip"
+
+
 def test_an_unlisted_system_may_be_allowed(tmp_path: Path) -> None:
     found = facts(tmp_path / "host", {"os": "fedora 42"}, [])
     assert one(1, found, P(allow_unlisted_os=True)).verdict == "warn"
