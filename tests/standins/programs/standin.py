@@ -594,6 +594,7 @@ def do_install(argv):
         if not os.path.lexists(place):
             os.symlink("/" + path, place)
     write("var/lib/dkms/mok.pub", "stand-in")
+    write("proc/sys/kernel/random/boot_id", str(uuid.uuid4()))
     for name in ("pdstack-fake", *KERNEL_TOOLS):
         for folder in (target, os.path.join(ROOT, "usr/bin")):
             path = os.path.join(folder, name)
