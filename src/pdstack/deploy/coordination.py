@@ -66,7 +66,6 @@ def etcd(
             "--auto-compaction-mode", "periodic",
             "--auto-compaction-retention", "1h",
             "--quota-backend-bytes", str(quota_mib * 1024 * 1024),
-            "--enable-v2=false",
             "--logger", "zap",
             "--log-level", "warn",
         ],
@@ -116,6 +115,6 @@ def nats(server: Nats, *, image: str, version: str, config: str, entrypoint: Seq
         "command": ["--config", f"{CONFIG_MOUNT}/nats.conf"],
         "files": [{"path": "nats.conf", "content": config}],
         "data_dirs": ["."],
-        "healthcheck": bash_http_check(server["address"], server["monitor_port"], "/healthz?js-enabled=true"),
+        "healthcheck": bash_http_check(server["address"], server["monitor_port"], "/healthz?js-enabled-only=true"),
         "labels": {"pdstack.version": version},
     }

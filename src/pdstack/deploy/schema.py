@@ -195,7 +195,9 @@ VERSIONS: dict[str, Field] = {
 }
 
 TRTLLM_RUNTIME: dict[str, Field] = {
-    key: Field("str") for key in ("source", "ref", "nixl", "ucx", "etcd", "nats", "cuda", "python")
+    **{key: Field("str") for key in ("source", "ref", "nixl", "ucx", "etcd", "nats", "cuda", "python")},
+    # The commit that `ref` must be: a tag can be moved.
+    "commit": Field("str", required=False),
 }
 
 GPU_VERSIONS: dict[str, Field] = {
