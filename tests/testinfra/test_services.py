@@ -84,6 +84,8 @@ def test_running_and_healthy(
         health = "healthy" if asked.rc == 0 else f"unhealthy: {asked.stdout} {asked.stderr}"
     last = (state["Health"]["Log"] or [{"Output": ""}])[-1]["Output"]
     versions = measured_versions(service, host)
+    if service["kind"] == "workers" and service["image"] == "runtime":
+        results["runtime"] = versions
     results["services"].append(
         {
             "service": service["service"],

@@ -33,13 +33,31 @@ def kv_line(kv: Mapping[str, Any]) -> str:
     speed, limit = kv.get("gb_per_s"), kv.get("memcpy_gb_per_s")
     if speed is not None:
         line += f", {speed:.2f} GB/s"
+    elif kv.get("fabric"):
+        line += f" (fabric {kv['fabric']})"
     if speed is not None and limit:
         line += f" = {100 * speed / limit:.0f} % of memcpy ({limit:.2f} GB/s)"
     return line
 
 
+def engine_line(found: Mapping[str, str]) -> str:
+    """Return the GPU engine in one line, from the versions that its container told."""
+    nixl = next((version for name, version in found.items() if name.startswith("nixl")), "-")
+    return f"Engine: TensorRT-LLM {found.get('tensorrt_llm', '-')} (NIXL {nixl}, UCX {found.get('ucx', '-')})"
+
+
+def separation_line(found: Mapping[str, Any]) -> str:
+    """Return how many requests both roles counted, of how many that were asked."""
+    return (
+        f"Separation: {found['requests']} prompts of {found['shortest']} to {found['longest']} tokens; prefill counted "
+        f"{found['prefill']} requests, decode {found['decode']}"
+    )
+
+
 def checks_line(verify: Mapping[str, Any]) -> str:
     """Return what was proved, in one line."""
+    if separation := verify.get("separation"):
+        return separation_line(separation)
     equal = verify.get("equality") or {}
     if not equal:
         return "Answers: not compared in this run"
@@ -66,6 +84,8 @@ def render(deployment: Mapping[str, Any], verify: Mapping[str, Any]) -> str:
     lines: list[str] = []
     if verify.get("services"):
         lines += [*service_table(verify["services"]), ""]
+    if verify.get("runtime"):
+        lines += [engine_line(verify["runtime"])]
     if verify.get("kv"):
         lines += [kv_line(verify["kv"])]
     if verify:

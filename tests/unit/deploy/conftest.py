@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+# pytest's importlib mode leaves it alone; helper modules lie beside the tests.
+sys.path.insert(0, str(Path(__file__).parent))
 COMMON = Path(__file__).resolve().parents[3] / "inventories/common/group_vars/all"
 GROUPS = ("etcd", "nats", "frontend", "prefill", "decode")
 

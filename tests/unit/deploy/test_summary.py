@@ -69,3 +69,17 @@ def test_results_older_than_the_deployment_are_not_shown(tmp_path: Path, age: in
     os.utime(verify, (1000 + age, 1000 + age))
     assert ("KV path" in summary.load(deployment)) is shown
     assert "curl -N" in summary.load(deployment)
+
+
+def test_the_gpu_engine_is_shown_with_what_its_container_told_and_the_roles_counted() -> None:
+    found = {
+        "services": VERIFY["services"],
+        "runtime": {"dynamo": "0.7.0.post1", "tensorrt_llm": "1.2.0rc3", "ucx": "1.19.0", "nixl_cu13": "0.7.1"},
+        "kv": {"backend": "nixl", "fabric": "ib", "transports": ["rc_mlx5"]},
+        "separation": {"requests": 9, "shortest": 24, "longest": 8191, "prefill": 9, "decode": 10},
+    }
+    text = summary.render(DEPLOYMENT, found)
+    assert "Engine: TensorRT-LLM 1.2.0rc3 (NIXL 0.7.1, UCX 1.19.0)\n" in text
+    assert "KV path: backend nixl, transport rc_mlx5 (fabric ib)\n" in text
+    assert "9 prompts of 24 to 8191 tokens; prefill counted 9 requests, decode 10\n" in text
+    assert "not compared" not in text
