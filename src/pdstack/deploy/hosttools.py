@@ -66,7 +66,7 @@ def pack(wheel: Path, version: str, into: Path) -> None:
     with (
         zipfile.ZipFile(wheel) as source,
         into.open("wb") as raw,
-        gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, compresslevel=6) as stream,
+        gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0, compresslevel=6) as stream,
         tarfile.open(fileobj=stream, mode="w") as target,
     ):
         names = sorted(member for member in source.namelist() if wanted(member))
