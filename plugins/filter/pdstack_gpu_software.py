@@ -53,7 +53,7 @@ class FilterModule:
             "pdstack_engine_flag_conflicts": told(engine.flag_conflicts),
             "pdstack_engine_plan": told(lambda facts, **known: engine.plan(repository.system(facts), **known)),
             "pdstack_gdrcopy_plan": told(lambda facts, version: gdrcopy.plan(repository.system(facts), version)),
-            "pdstack_gdrcopy_problems": told(lambda _, **known: gdrcopy.problems(**known)),
+            "pdstack_gdrcopy_problems": told(lambda version, **known: gdrcopy.problems(version=version, **known)),
             "pdstack_gdr_path": told(rdma.gdr_path),
             "pdstack_gpu_mode": told(lambda request, docker, since: toolkit.gpu_mode(request, docker, since)),
             "pdstack_peermem_action": told(rdma.peermem_action),

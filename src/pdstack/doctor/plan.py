@@ -181,7 +181,7 @@ def build(
         "ucx_interfaces": _ucx_interfaces(env),
         "ucx_ports": env.get("UCX_TCP_PORT_RANGE", ""),
         "gid_index": env.get("UCX_IB_GID_INDEX", ""),
-        "gdrcopy": bool(variables.get("gdrcopy__enabled", False)),
+        "gdrcopy": bool(variables.get("gdrcopy__manage", False)),
         "mtu": number(variables.get("kv_mtu"), 0) or None,
         "peer_mtu": _peer_mtu(topology, host, hostvars) if workers else {},
         # The caller's own TypedDict; port_uses reads no more than its keys.

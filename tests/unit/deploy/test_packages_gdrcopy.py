@@ -37,8 +37,6 @@ def wrong(**changed: Any) -> list[str]:
         "version": "2.5.1-1",
         "kernel": "6.8.0-45-generic",
         "source": True,
-        "built_for": "open",
-        "flavour": "open",
         "secure_boot": False,
     }
     return [f"{problem.what}: {problem.found}; {problem.wanted}" for problem in gdrcopy.problems(**known | changed)]
@@ -50,7 +48,6 @@ def wrong(**changed: Any) -> list[str]:
         ({"source": False}, "no driver source in /usr/src/nvidia-*"),
         ({"version": "2.4.4-1"}, "GDRCopy 2.5.1 or later"),
         ({"kernel": "6.15.3"}, "GDRCopy 2.5.2 or later"),
-        ({"flavour": "proprietary"}, "built against the open driver"),
         ({"secure_boot": True}, "Secure Boot is on"),
     ],
 )
@@ -61,10 +58,5 @@ def test_why_it_cannot_work(changed: dict[str, Any], told: str) -> None:
 
 def test_where_it_works() -> None:
     assert wrong() == []
-    assert wrong(version="", built_for="", flavour="") == []
+    assert wrong(version="") == []
     assert wrong(version="2.5.2-1", kernel="6.15.3", secure_boot=None) == []
-
-
-def test_the_driver_s_source() -> None:
-    assert gdrcopy.source_present(["/usr/src/nvidia-580.105.08", "/usr/src/gdrdrv-2.5.1"])
-    assert not gdrcopy.source_present(["/usr/src/linux-headers-6.8.0"])

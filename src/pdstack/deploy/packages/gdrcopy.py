@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TypedDict
 
 from pdstack.deploy.packages import repository
@@ -34,14 +33,8 @@ def plan(host: System, version: str) -> Plan:
     return {"packages": repository.versioned(names, version, host), "names": list(names)}
 
 
-def problems(
-    *, version: str, kernel: str, source: bool, built_for: str, flavour: str, secure_boot: bool | None
-) -> list[Problem]:
-    """Return why gdrdrv cannot be built or loaded.
-
-    `source` is whether the driver's source is there (/usr/src/nvidia-*), `built_for` and `flavour` the flavour (open,
-    proprietary; empty: none) of the driver that an installed gdrdrv was built against, and of the one that is loaded.
-    """
+def problems(*, version: str, kernel: str, source: bool, secure_boot: bool | None) -> list[Problem]:
+    """Return why gdrdrv cannot be built or loaded; `source` is whether the driver's is there (/usr/src/nvidia-*)."""
     found = []
     if not source:
         found.append(
@@ -62,15 +55,6 @@ def problems(
                 "set gdrcopy__version to it, or gdrcopy__manage: false",
             )
         )
-    if built_for and flavour and built_for != flavour:
-        found.append(
-            Problem(
-                "GDRCopy's kernel module",
-                f"built against the {built_for} driver",
-                f"the {flavour} driver that is loaded",
-                "dkms remove gdrdrv --all and dkms autoinstall, then run again",
-            )
-        )
     if secure_boot:
         found.append(
             Problem(
@@ -81,8 +65,3 @@ def problems(
             )
         )
     return found
-
-
-def source_present(files: Mapping[str, object] | list[str]) -> bool:
-    """Tell whether a listing of /usr/src holds the source of an NVIDIA driver."""
-    return any(path.rpartition("/")[2].startswith("nvidia-") for path in files)
