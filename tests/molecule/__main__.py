@@ -23,7 +23,9 @@ STATE = ROOT / ".pdstack" / f"{HOST}-host"
 # Each builds on those before it.
 ORDER = (
     "host_tuning",
+    "rdma",
     "gpu_driver",
+    "gdrcopy",
     "container_engine",
     "nvidia_toolkit",
     "images",

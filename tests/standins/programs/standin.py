@@ -438,7 +438,11 @@ def run_ctk(argv):
             {
                 "cdiVersion": "0.5.0",
                 "kind": "nvidia.com/gpu",
-                "devices": [{"name": name.split("=")[1]} for name in devices],
+                # What an engine does with a device can be seen in the container.
+                "devices": [
+                    {"name": name, "containerEdits": {"env": ["PDSTACK_CDI=" + name]}}
+                    for name in (device.split("=")[1] for device in devices)
+                ],
             }
         )
         target = value("--output", "")

@@ -325,6 +325,11 @@ def test_a_reboot_is_for_versions_that_differ(changed: dict[str, Any], words: st
     assert (words in reason) if words else reason == ""
 
 
+def test_new_modules_of_the_adapters_want_the_same_boot() -> None:
+    adapters = {"mlx5_core": "6.8.0", "mlx5_core_on_disk": "25.04-0.6.1"}
+    assert "mlx5_core 6.8.0 is loaded" in driver.reboot_reason({**serving(), "rdma": adapters})
+
+
 @pytest.mark.parametrize(("reboot", "controller", "refused"), [(True, False, 0), (False, False, 1), (True, True, 1)])
 def test_an_upgrade_that_may_not_end_in_a_boot_is_not_begun(reboot: bool, controller: bool, refused: int) -> None:
     old = {"loaded": "580.95.05", "on_disk": "580.95.05", "library": "580.95.05"}

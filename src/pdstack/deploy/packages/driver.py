@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-from pdstack.deploy.packages import repository
+from pdstack.deploy.packages import rdma, repository
 from pdstack.deploy.packages.engine import upstream
 from pdstack.deploy.packages.repository import File, PlanError, Repository, System
 from pdstack.deploy.problem import Problem, show
@@ -435,7 +435,7 @@ def _key(version: str) -> list[int]:
 
 
 def reboot_reason(facts: Mapping[str, Any]) -> str:
-    """Return why the host has to boot (versions that differ, or nouveau); empty when it need not."""
+    """Return why the host has to boot (modules that are not the installed ones, nouveau); empty when it need not."""
     driver = facts["driver"]
     loaded, disk, library = driver["loaded"], driver["on_disk"], driver["library"]
     if loaded and disk and loaded != disk:
@@ -444,7 +444,9 @@ def reboot_reason(facts: Mapping[str, Any]) -> str:
         return f"driver {loaded} is loaded, its library is {library}"
     if driver["nouveau"]:
         return "nouveau is loaded and holds the GPUs"
-    return ""
+    # DOCA's modules were installed by the role rdma, which comes before: one boot does for both.
+    adapters = facts.get("rdma") or {}
+    return rdma.reboot_reason(adapters.get("mlx5_core") or "", adapters.get("mlx5_core_on_disk") or "")
 
 
 def modprobe_fix(text: str) -> str:
