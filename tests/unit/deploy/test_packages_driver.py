@@ -225,32 +225,13 @@ def test_a_release_without_a_repository_is_told(kind: str, version: str) -> None
 
 def test_nothing_is_in_the_way_on_a_bare_host() -> None:
     for name in SYSTEMS:
-        assert driver.refusals(plan(name), facts(name), gpus=2) == []
+        assert driver.refusals(plan(name), facts(name)) == []
 
 
-def test_too_few_gpus() -> None:
-    found = driver.refusals(plan(), facts(pci={"gpus": [{}]}), gpus=2)
-    assert whats(found) == ["GPUs on the PCI bus"]
-    assert (found[0].found, found[0].wanted) == ("1", "2 (gpu_count)")
-    assert driver.refusals(plan(), facts(pci={"gpus": []}))
-
-
-@pytest.mark.parametrize(
-    ("secure_boot", "enrolled", "refused"), [(True, False, True), (True, None, True), (True, True, False),
-                                             (False, None, False), (None, None, False)]
-)  # fmt: skip
-def test_secure_boot_with_modules_of_dkms(secure_boot: bool | None, enrolled: bool | None, refused: bool) -> None:
-    seen = facts("ubuntu-24.04", driver={"secure_boot": secure_boot, "key_enrolled": enrolled})
-    found = driver.refusals(plan("ubuntu-24.04"), seen)
-    assert whats(found) == (["Secure Boot"] if refused else [])
-    assert driver.refusals(plan("ubuntu-24.04", source="distribution"), seen) == []
-
-
-def test_a_run_file_install_and_dgx_os() -> None:
-    found = driver.refusals(plan(), facts(packages={"run_file_install": True}, os={"dgx": True}))
-    assert whats(found) == ["operating system", "driver"]
+def test_dgx_os_keeps_its_own_driver() -> None:
+    found = driver.refusals(plan(), facts(os={"dgx": True}))
+    assert whats(found) == ["operating system"]
     assert "gpu_driver__manage: false" in found[0].fix
-    assert "nvidia-uninstall" in found[1].fix
 
 
 def test_leftovers_of_debians_own_archive_are_refused_or_purged() -> None:

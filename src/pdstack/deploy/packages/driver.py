@@ -277,20 +277,15 @@ def _repository(host: System, repositories: Mapping[str, Any]) -> tuple[KeyringP
 
 
 def refusals(
-    wanted: Plan,
-    facts: Mapping[str, Any],
-    *,
-    gpus: int = 0,
-    purge: bool = False,
-    reboot: bool = True,
-    controller: bool = False,
+    wanted: Plan, facts: Mapping[str, Any], *, purge: bool = False, reboot: bool = True, controller: bool = False
 ) -> list[Problem]:
-    """Return what on a host is in the way of `wanted`, by the probe's facts; nothing was changed yet.
+    """Return what on a host is in the way of `wanted` beside what the doctor checks; nothing was changed yet.
 
-    `gpus` is how many the inventory expects; with `purge` leftovers of other archives are removed and not refused;
-    `reboot` says whether the host may be, `controller` that it is where Ansible runs, which cannot.
+    With `purge` leftovers of other archives are removed and not refused; `reboot` says whether the host may be,
+    `controller` that it is where Ansible runs, which cannot. The doctor has the checks of a bare host: GPUs on the PCI
+    bus, Secure Boot, a driver of a .run file.
     """
-    found = [*_hardware(facts, gpus), *_secure_boot(wanted, facts), *_installations(wanted, facts, purge)]
+    found = [*_system(facts), *_installations(wanted, facts, purge)]
     return [*found, *_held(wanted, facts), *_boot(wanted, facts, reboot, controller)]
 
 
@@ -313,42 +308,15 @@ def _boot(wanted: Plan, facts: Mapping[str, Any], allowed: bool, controller: boo
     ]
 
 
-def _hardware(facts: Mapping[str, Any], gpus: int) -> list[Problem]:
-    found = []
-    seen = len(facts["pci"]["gpus"])
-    if seen < max(gpus, 1):
-        found.append(
-            Problem(
-                "GPUs on the PCI bus",
-                str(seen),
-                f"{gpus or 'at least 1'} (gpu_count)",
-                "reseat the card, allow Above 4G Decoding in the BIOS, pass it through to the VM, or correct gpu_count",
-            )
-        )
-    if facts["os"].get("dgx"):
-        found.append(
-            Problem(
-                "operating system",
-                "DGX OS, which has a driver stack of its own",
-                "a host whose driver this project may replace",
-                "set gpu_driver__manage: false and update the driver as NVIDIA's DGX documentation says",
-            )
-        )
-    return found
-
-
-def _secure_boot(wanted: Plan, facts: Mapping[str, Any]) -> list[Problem]:
-    driver = facts["driver"]
-    if not (wanted["dkms"] and driver.get("secure_boot")) or driver.get("key_enrolled"):
+def _system(facts: Mapping[str, Any]) -> list[Problem]:
+    if not facts["os"].get("dgx"):
         return []
     return [
         Problem(
-            "Secure Boot",
-            "on, and the firmware does not know the key that DKMS signs with",
-            "modules that the firmware lets load",
-            "enroll the key at the console (mokutil --import /var/lib/dkms/mok.pub, then confirm at the next boot), or "
-            "turn Secure Boot off, or on Ubuntu take the modules that Canonical signed (gpu_driver__source: "
-            "distribution)",
+            "operating system",
+            "DGX OS, which has a driver stack of its own",
+            "a host whose driver this project may replace",
+            "set gpu_driver__manage: false and update the driver as NVIDIA's DGX documentation says",
         )
     ]
 
@@ -369,15 +337,6 @@ def leftovers(wanted: Plan, facts: Mapping[str, Any]) -> list[str]:
 
 def _installations(wanted: Plan, facts: Mapping[str, Any], purge: bool) -> list[Problem]:
     found = []
-    if facts["packages"].get("run_file_install"):
-        found.append(
-            Problem(
-                "driver",
-                "installed from a .run file (/usr/bin/nvidia-uninstall)",
-                "a driver from packages, or none",
-                "nvidia-uninstall --silent, reboot, then run again",
-            )
-        )
     if (other := leftovers(wanted, facts)) and not purge:
         found.append(
             Problem(
