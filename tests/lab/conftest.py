@@ -40,7 +40,8 @@ def lab() -> Iterator[list[str]]:
 def cluster(lab: list[str]) -> Iterator[Cluster]:
     """The reference engine over the lab."""
     found = Cluster("lab", ["inventories/lab"])
-    found.play("playbooks/lifecycle/destroy.yml")  # what an earlier, interrupted run left
+    if not KEEP:
+        found.play("playbooks/lifecycle/destroy.yml")  # what an earlier, interrupted run left on the controller
     yield found
     print("\nlab:\n" + json.dumps(found.report, indent=2))
 

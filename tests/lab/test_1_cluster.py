@@ -56,7 +56,7 @@ def test_deploy_brings_up_every_service_on_its_host(cluster: Cluster) -> None:
     assert set(cluster.inspect()) == SERVICES
     results = cluster.results()
     assert results["passed"]
-    assert results["kv"]["transport"] == "tcp"
+    assert "tcp" in results["kv"]["transports"]
 
 
 def test_the_members_of_etcd_are_one_cluster(deployed: Cluster) -> None:

@@ -944,8 +944,9 @@ def _mtu(facts: Facts, plan: Plan) -> Outcome:
     own, name = interface["mtu"], interface["name"]
     if plan["mtu"] and own != plan["mtu"]:
         return bad(
-            f"{name} {own}", f"{plan['mtu']} (kv_mtu)", f"ip link set {name} mtu {plan['mtu']}, and make it lasting"
-        )
+            f"{name} {own}", f"{plan['mtu']} (kv_mtu)", f"ip link set {name} mtu {plan['mtu']}, and make it lasting",
+            verdict="fail",
+        )  # fmt: skip
     # The odd one out is told, not all the others; where neither is the more common one, both are.
     peers = [mtu for mtu in plan["peer_mtu"].values() if mtu]
     if not plan["mtu"] and not peers:
