@@ -21,7 +21,7 @@ WHEELS = ("1.2.0rc2", "1.2.0rc3")
 WHEEL_FLAGS = ("honoured", "hard-coded", "ignored")
 # The URL's form in Dockerfile.trtllm of the time.
 HARD_CODED = """\
-# Downloads tensorrt_llm-1.2.0rc2-cp312-cp312-linux_x86_64.whl whatever the flag says.
+ARG WHEEL_URL=https://pypi.nvidia.com/tensorrt-llm/tensorrt_llm-1.2.0rc2-cp312-cp312-linux_x86_64.whl
 COPY ["container/wheels/tensorrt-llm==1.2.0rc2/", "/opt/dynamo/site-packages/"]
 """
 
