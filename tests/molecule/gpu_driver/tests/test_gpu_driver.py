@@ -24,7 +24,7 @@ def state(host: Host) -> Any:
 
 def test_every_part_has_the_version_of_the_inventory(host: Host) -> None:
     listed = host.check_output("dpkg-query --show --showformat '${Package} ${Version} ${Status}\n' '*nvidia*' libcuda1")
-    installed = dict(line.split()[:2] for line in listed.splitlines() if line.endswith("installed"))
+    installed = dict(line.split()[:2] for line in listed.splitlines() if line.endswith(" installed"))
     assert {"nvidia-driver-cuda", "nvidia-kernel-open-dkms", "libcuda1", "libnvidia-ml1"} <= installed.keys()
     assert "nvidia-fabricmanager-580" in installed
     drivers = {name: version for name, version in installed.items() if name != "nvidia-dkms-helper"}
