@@ -19,8 +19,9 @@ ADDRESS = re.compile(r"[A-Za-z0-9_.:%-]+")
 INTERFACE = re.compile(r"[^\s/:]{1,15}")
 # A deployment has one value of each: set for some hosts only, two parts of it would not fit together.
 ONE_VALUE = (
-    "pdstack_name", "pdstack_port_offset", "engine", "model_source", "model_ref", "model_revision", "model_name",
-    "router_mode",
+    "pdstack_name", "pdstack_port_offset", "pdstack_ports", "engine", "model_source", "model_ref", "model_revision",
+    "model_name", "router_mode", "trtllm_engine", "trtllm_args", "trtllm_max_input_tokens", "trtllm_image_source",
+    "trtllm_image", "coordination_image",
 )  # fmt: skip
 # The same for what the workers of both roles must agree on.
 WORKERS_AGREE = {
