@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.standins import dynamo_source
 
 from pdstack.deploy import build_job, runtime_image, runtime_probe
 from pdstack.deploy.problem import Problem
@@ -464,3 +465,67 @@ def test_a_job_that_was_just_started_is_waited_for(job: list[str], monkeypatch: 
     monkeypatch.setattr(build_job.time, "sleep", nap)
     assert build_job.main(["watch", *job, "--begun"]) == 0
     assert len(naps) == 1
+
+
+# --- the stand-in of the source has upstream's interface
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tree = tmp_path_factory.mktemp("source") / "dynamo"
+    dynamo_source.make(tree)
+    return tree
+
+
+def build_sh(tree: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "container/build.sh", "--dry-run", *words]
+    return subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+
+
+def test_the_script_takes_the_plan_and_builds_in_two_steps(source: Path) -> None:
+    done = build_sh(source, *plan()["argv"][2:])
+    assert done.returncode == 0, done.stderr
+    first, second = [line for line in done.stdout.splitlines() if line.startswith("docker")]
+    assert "--tag dynamo-base:v0.7.0.post1-trtllm" in first
+    assert "--target runtime" in second
+    assert "DYNAMO_BASE_IMAGE=dynamo-base:v0.7.0.post1-trtllm" in second
+    assert "TENSORRTLLM_PIP_WHEEL=tensorrt-llm==1.2.0rc3" in second
+    assert f"--tag {plan()['candidate']}" in second
+    assert "latest" not in second
+
+
+@pytest.mark.parametrize("name", [name for name in runtime_image.OPTIONS if name != "tensorrtllm-git-url"])
+def test_the_script_takes_every_option_that_the_role_lets_through(source: Path, name: str) -> None:
+    words = [f"--{name}", {"framework": "trtllm"}.get(name, "x")] if runtime_image.OPTIONS[name] else [f"--{name}"]
+    done = build_sh(source, "--framework", "trtllm", *words)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["--release-build"], ["--tensorrtllm-pip-wheel", "a", "--tensorrtllm-pip-wheel-dir", "b"]]
+)
+def test_the_script_ends_with_what_upstreams_ends_with(source: Path, words: list[str]) -> None:
+    assert build_sh(source, "--framework", "trtllm", *words).returncode == 1
+
+
+def test_each_way_to_ignore_the_flag_is_what_it_says(tmp_path: Path) -> None:
+    for name in ("hard-coded", "ignored"):
+        dynamo_source.make(tmp_path / name, wheel_flag=name)
+        dockerfile, script = (
+            (tmp_path / name / "container" / file).read_text() for file in ("Dockerfile.trtllm", "build.sh")
+        )
+        seen = told(runtime_image.tree_problems(dockerfile, script, FLAGS["tensorrtllm-pip-wheel"], "0" * 40, ""))
+        assert bool(seen) is (name == "hard-coded")
+        assert (
+            "TENSORRTLLM_PIP_WHEEL=tensorrt-llm==1.2.0rc2" in build_sh(tmp_path / name, *plan()["argv"][2:]).stdout
+        ) is (name == "ignored")
+
+
+def test_the_script_needs_a_git_checkout(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source / "container", tmp_path / "container")
+    done = subprocess.run(
+        ["bash", "container/build.sh", "--dry-run", "--framework", "trtllm"],
+        cwd=tmp_path, env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}, check=False,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode != 0
