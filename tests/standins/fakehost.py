@@ -500,7 +500,7 @@ def docker(fake: Fake) -> str:
         image = fake.image
         count = image.get("gpus", fake.gpus)
         listed = LINES(f"GPU {i}: {fake.gpu_name} (UUID: GPU-{i})" for i in range(count))
-        versions = LINES(f"Name: {n}\nVersion: {v}\n---" for n, v in image.get("versions", {}).items())
+        versions = LINES(f"version {n} {v}" for n, v in image.get("versions", {}).items())
         about = LINES(
             [str(image.get("uid", 1000)), str(image.get("gid", 0)), image.get("memlock", "unlimited"), versions]
         )
@@ -509,7 +509,7 @@ def docker(fake: Fake) -> str:
         inside = {
             "*perftest*": show(perf.format(image["perf_mb_s"])) if image.get("perf_mb_s") else "exit 1",
             "*ucx_info*": show(LINES([*image.get("complaints", ()), transports]) + "\n"),
-            "*pip*": show(about + "\n"),
+            "*metadata*": show(about + "\n"),
             "*nvidia-smi*": (
                 f"{show(image['gpu_error'])} >&2; exit 125" if image.get("gpu_error") else show(listed + "\n")
             ),

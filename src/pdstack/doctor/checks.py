@@ -970,17 +970,17 @@ def _ucx(facts: Facts, plan: Plan) -> Outcome:
     if isinstance(image, Outcome):
         return image
     ucx = image["ucx"]
-    if ucx["rc"] != 0:
-        return bad(
-            " ".join(ucx["text"].split())[-160:] or f"status {ucx['rc']}",
-            "ucx_info -d answers",
-            "is it the runtime image?",
-        )
     if ucx["complaints"]:
         return bad(
             ucx["complaints"][0][-200:],
             "no complaint of UCX about its environment",
             "correct the fabric's env: a device or transport that is not there, or a misspelt name",
+        )
+    if ucx["rc"] != 0:
+        return bad(
+            " ".join(ucx["text"].split())[-160:] or f"status {ucx['rc']}",
+            "ucx_info -d answers",
+            "is it the runtime image?",
         )
     # KV may go over any of them, but GPU memory within a host over cuda_ipc alone.
     promised = plan["fabric"]["transports"]

@@ -74,7 +74,15 @@ CONTAINER_FORMAT = (
     '{{.State.Pid}}|{{.Name}}|{{index .Config.Labels "pdstack.deployment"}}|{{.HostConfig.PidMode}}|'
     "{{.HostConfig.IpcMode}}|{{.HostConfig.Runtime}}|{{json .HostConfig.DeviceRequests}}"
 )
-IMAGE_PACKAGES = ("ai-dynamo", "tensorrt-llm", "nixl", "nixl-cu12", "nixl-cu13")
+# The image's environment has no pip.
+IMAGE_VERSIONS = """
+from importlib import metadata
+for name in ("ai-dynamo", "tensorrt-llm", "nixl", "nixl-cu12", "nixl-cu13"):
+    try:
+        print("version", name, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        pass
+"""
 Facts = Dict[str, Any]
 
 
@@ -150,8 +158,6 @@ class Host:
             process.kill()
             process.communicate()
             return 124, "", f"no answer within {timeout_s:g} s"
-        if process.returncode in (126, 127):
-            return None
         return process.returncode, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace")
 
     def output(self, *argv: str, timeout_s: float = 10.0) -> Optional[str]:
@@ -908,13 +914,16 @@ def image_facts(host: Host, options: argparse.Namespace) -> Facts:
     if not present:
         return {"ref": options.image, "present": False}
     listed = inside("nvidia-smi -L")
-    about = inside("id -u; id -g; ulimit -l; pip show {} 2>/dev/null".format(" ".join(IMAGE_PACKAGES)))
+    about = inside("id -u; id -g; ulimit -l; python3 -c '{}'".format(IMAGE_VERSIONS))
     lines = about["output"].splitlines()
-    versions = re.findall(r"^Name: (\S+)\nVersion: (\S+)", about["output"], re.MULTILINE)
-    ucx = inside("ucx_info -d")
+    versions = re.findall(r"^version (\S+) (\S+)", about["output"], re.MULTILINE)
+    # -d lists what there is; a context (-u) complains about what the environment asks for and is not there.
+    ucx = inside("PATH=$PATH:/usr/local/ucx/bin; ucx_info -d && ucx_info -u r -e")
     transports = sorted(set(re.findall(r"Transport: (\S+)", ucx["output"])))
     wrong = re.compile(r"not available|unused environment variable")
     complaints = [line.strip() for line in ucx["text"].splitlines() if wrong.search(line)]
+    # What ucx_info lists begins with #.
+    said = "\n".join(line for line in ucx["text"].splitlines() if not line.startswith("#")) if ucx["rc"] != 0 else ""
     found = {
         "ref": options.image,
         "present": True,
@@ -925,14 +934,14 @@ def image_facts(host: Host, options: argparse.Namespace) -> Facts:
         "gid": number(lines[1]) if len(lines) > 1 else None,
         "memlock": lines[2].strip() if len(lines) > 2 else None,
         "versions": dict(versions),
-        "ucx": {"rc": ucx["rc"], "transports": transports, "complaints": complaints, "text": ucx["text"]
-                if ucx["rc"] != 0 else ""},
+        "ucx": {"rc": ucx["rc"], "transports": transports, "complaints": complaints, "text": said},
         "perf_mb_s": None,
         "perf_text": "",
     }  # type: Facts  # fmt: skip
     if options.perf:
         pair = (
-            "export UCX_WARN_UNUSED_ENV_VARS=n; ucx_perftest -p 13579 >/dev/null 2>&1 & sleep 1; "
+            "export UCX_WARN_UNUSED_ENV_VARS=n PATH=$PATH:/usr/local/ucx/bin; "
+            "ucx_perftest -p 13579 >/dev/null 2>&1 & sleep 1; "
             "ucx_perftest 127.0.0.1 -p 13579 -t tag_bw -m cuda -s 67108864 -n 100 -f"
         )
         measured = inside(pair)

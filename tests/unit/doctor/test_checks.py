@@ -210,7 +210,7 @@ def test_a_check_tells_a_good_host_from_a_bad_one(
 
 
 def served(**changes: Any) -> Facts:
-    """Return what the probe says of running services; the tests of the probe ask real ones."""
+    """Return what the probe says of running services; tests/integration/test_doctor_services.py asks real ones."""
     model = {"exists": True, "uid": 0, "gid": 0, "mode": 0o750, "files": []}
     etcd = {"healthy": True, "error": "", "readable": True, "read_error": "", "fsync_p99_s": 0.004}
     nats = {"answers": True, "error": "", "tls_required": False, "auth_required": True, "jetstream": True}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import socket
@@ -355,3 +356,42 @@ def test_real_areas_of_a_fake_host(tmp_path: Path) -> None:
     root = fakehost.make(tmp_path / "host", real=["proc/meminfo", "proc/net"])
     assert (root / "proc/meminfo").readlink() == Path("/proc/meminfo")
     assert (root / "proc/net").readlink() == Path("/proc/net")
+
+
+def image_of_this_environment(tmp_path: Path) -> probe.Host:
+    """Return a host whose `docker run` runs the command here, where the real UCX is."""
+    spec = importlib.util.find_spec("libucx")
+    assert spec and spec.origin
+    ucx = Path(spec.origin).parent
+    fakehost.Tree(tmp_path).program(
+        "docker",
+        'case "$1" in image) echo sha256:1; exit;; esac\n'
+        'while [ $# -gt 0 ]; do case "$1" in\n'
+        '  --env) export "$2"; shift;;\n'
+        f"  -c) export LD_LIBRARY_PATH={ucx}/lib PATH={ucx}/bin:{Path(sys.executable).parent}:$PATH\n"
+        'exec sh -c "$2";;\n'
+        "esac; shift; done",
+    )
+    return probe.Host(str(tmp_path))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libucx") is None, reason="no UCX in this environment")
+@pytest.mark.parametrize(
+    ("environment", "complaint"),
+    [
+        (["UCX_TLS=tcp", "UCX_NET_DEVICES=lo"], ""),
+        (["UCX_TLS=tcp", "UCX_NET_DEVICE=lo"], "unused environment variable: UCX_NET_DEVICE"),
+        (["UCX_TLS=tcp", "UCX_NET_DEVICES=mlx5_9:1"], "network device 'mlx5_9:1' is not available"),
+        (["UCX_TLS=rc"], "'rc' is not available"),
+    ],
+    ids=["right", "misspelt", "device", "transport"],
+)
+def test_a_real_ucx_complains_about_a_wrong_environment(tmp_path: Path, environment: list[str], complaint: str) -> None:
+    words = ["--image", "runtime:1"] + [word for pair in environment for word in ("--image-env", pair)]
+    found = probe.image_facts(image_of_this_environment(tmp_path), probe.parser().parse_args(words))
+    assert "tcp" in found["ucx"]["transports"]
+    assert found["versions"]["ai-dynamo"]
+    if complaint:
+        assert complaint in found["ucx"]["complaints"][0]
+    else:
+        assert (found["ucx"]["rc"], found["ucx"]["complaints"]) == (0, [])
