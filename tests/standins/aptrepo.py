@@ -229,8 +229,8 @@ def headers(kernel: str, at: str) -> list[Deb]:
             postinst=f"dkms autoinstall -k {kernel} || true\n",
         ),
         Deb("nvidia-dkms-helper", "1.0", architecture="all"),
-        # Debian's own driver brings this one; it is what gives that driver away.
-        Deb("glx-alternative-nvidia", "1.2.2", architecture="all"),
+        # A part of Debian's own driver, with a version of its archive.
+        Deb("nvidia-alternative", "535.261.03-1~deb12u1"),
     ]  # fmt: skip
 
 

@@ -19,6 +19,8 @@ SYSTEMS = {
     "rocky-9": ("rocky", "9.6", "", "5.14.0-570.12.1.el9_6.x86_64"),
     "rhel-9": ("rhel", "9.4", "", "5.14.0-427.13.1.el9_4.x86_64"),
 }
+CUDA_SOURCE = "/etc/apt/sources.list.d/cuda-debian12-x86_64.list: deb https://packages.example/cuda/repos/debian12 /"
+EPEL_SOURCE = "/etc/yum.repos.d/epel.repo: metalink=https://mirrors.example/epel"
 # Golden lists: distribution and branch -> what is asked of the package manager, in its words.
 GOLDEN = {
     ("ubuntu-22.04", "580.105.08"): [
@@ -72,6 +74,7 @@ def facts(name: str = "debian-12", **changed: Any) -> dict[str, Any]:
         "packages": {
             "manager": "dnf" if name.startswith("r") else "apt", "installed": {}, "holds": [], "module_stream": "",
             "run_file_install": False, "pin_file": False,
+            "sources": [EPEL_SOURCE] if name.startswith("r") else [],
         },
         "fabric_manager": {"unit": "", "version": None, "state": "", "status": ""},
     }  # fmt: skip
@@ -240,7 +243,7 @@ def test_leftovers_of_debians_own_archive_are_refused_or_purged() -> None:
         "glx-alternative-nvidia": "1.2.2", "libnvidia-ml1": "535.261.03-1~deb12u1",
         "nvidia-container-toolkit": "1.20.0-1", "libnvidia-container1": "1.20.0-1", "docker-ce": "5:27",
     }  # fmt: skip
-    seen = facts(packages={"installed": installed})
+    seen = facts(packages={"installed": installed, "sources": [CUDA_SOURCE]})
     others = ["glx-alternative-nvidia", "libnvidia-ml1", "nvidia-alternative", "nvidia-driver"]
     assert driver.leftovers(plan(), seen) == others
     found = driver.refusals(plan(), seen)
@@ -249,14 +252,34 @@ def test_leftovers_of_debians_own_archive_are_refused_or_purged() -> None:
     assert driver.refusals(plan(), seen, purge=True) == []
 
 
+def test_a_driver_without_the_cuda_repository_came_from_elsewhere() -> None:
+    installed = {"nvidia-driver": "535.183.01-1", "nvidia-container-toolkit": "1.20.0-1"}
+    assert driver.leftovers(plan(), facts(packages={"installed": installed})) == ["nvidia-driver"]
+    toolkit = {"nvidia-container-toolkit": "1.20.0-1"}
+    assert driver.leftovers(plan(), facts(packages={"installed": toolkit})) == []
+
+
 def test_the_same_names_of_the_cuda_repository_are_no_leftovers() -> None:
-    installed = {"nvidia-driver-cuda": "580.95.05-1", "libnvidia-ml1": "580.95.05-1", "nvidia-smi": "580.95.05-1"}
-    assert driver.leftovers(plan(), facts(packages={"installed": installed})) == []
+    installed = {
+        "nvidia-driver-cuda": "580.95.05-1",
+        "libnvidia-ml1": "580.95.05-1",
+        "nvidia-alternative": "580.95.05-1",
+    }
+    assert driver.leftovers(plan(), facts(packages={"installed": installed, "sources": [CUDA_SOURCE]})) == []
+
+
+def test_dkms_comes_from_epel() -> None:
+    assert plan("rocky-9")["extras"] == ["epel-release"]
+    assert driver.refusals(plan("rocky-9"), facts("rocky-9", packages={"sources": []})) == []
+    bare = driver.refusals(plan("rhel-9"), facts("rhel-9", packages={"sources": []}))
+    assert whats(bare) == ["package source EPEL"]
+    epel = ["/etc/yum.repos.d/epel.repo: metalink=https://mirrors.example/epel"]
+    assert driver.refusals(plan("rhel-9"), facts("rhel-9", packages={"sources": epel})) == []
 
 
 def test_ubuntus_archive_and_the_cuda_repository_do_not_mix() -> None:
     canonical = {"nvidia-utils-580-server": "580.95.05-0ubuntu1", "linux-modules-nvidia-580-server-open-generic": "6.8"}
-    seen = facts("ubuntu-24.04", packages={"installed": canonical})
+    seen = facts("ubuntu-24.04", packages={"installed": canonical, "sources": [CUDA_SOURCE]})
     assert driver.leftovers(plan("ubuntu-24.04"), seen) == sorted(canonical, reverse=False)
     assert driver.leftovers(plan("ubuntu-24.04", source="distribution"), seen) == []
     cuda = facts("ubuntu-24.04", packages={"installed": {"nvidia-dkms-580-open": "580.95.05-0ubuntu1"}})
@@ -265,7 +288,8 @@ def test_ubuntus_archive_and_the_cuda_repository_do_not_mix() -> None:
 
 @pytest.mark.parametrize(("version", "refused"), [("580.95.05-1", True), ("580.105.08-1", False)])
 def test_a_hold_matters_where_the_package_has_to_change(version: str, refused: bool) -> None:
-    seen = facts(packages={"installed": {"libnvidia-ml1": version}, "holds": ["libnvidia-ml1"]})
+    packages = {"installed": {"libnvidia-ml1": version}, "holds": ["libnvidia-ml1"], "sources": [CUDA_SOURCE]}
+    seen = facts(packages=packages)
     found = driver.refusals(plan(), seen)
     assert whats(found) == (["held packages"] if refused else [])
     assert not refused or found[0].fix == "apt-mark unhold libnvidia-ml1"

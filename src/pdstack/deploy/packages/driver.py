@@ -26,6 +26,8 @@ DIRECTORIES = {
     ("debian", "12"): "debian12",
     ("rhel", "9"): "rhel9",
 }
+# What brings EPEL, where dkms is. Of RHEL itself it is no package of the distribution.
+EXTRAS = {"rocky": ["epel-release"], "almalinux": ["epel-release"], "centos": ["epel-release"]}
 # What that repository calls an architecture.
 PLATFORMS = {"x86_64": "x86_64", "aarch64": "sbsa"}
 # From this branch on Ubuntu's and the fabric manager's packages have no branch in their names.
@@ -35,12 +37,10 @@ DRIVER = re.compile(
     r"(lib)?nvidia-(?!container|docker)|libcuda1?$|cuda-drivers|nvlsm$|(lib)?nvsdm|kmod-nvidia"
     r"|linux-(modules|objects|signatures)-nvidia"
 )
-# Only in Debian's own archive. They rename the module (nvidia-current) in modprobe.d, so that `modprobe nvidia` fails
-# with the CUDA repository's driver beside them.
-DEBIAN_ARCHIVE = re.compile(
-    r"nvidia-(alternative|installer-cleanup|legacy-check|kernel-common|vdpau-driver|support)$"
-    r"|glx-alternative|update-glx$"
-)
+# Versions of Debian's own archive. Its driver renames the module (nvidia-current) in modprobe.d, so that `modprobe
+# nvidia` fails with the CUDA repository's driver beside it; and it comes with these.
+DEBIAN_VERSION = re.compile(r"~(deb|bpo)\d")
+DEBIAN_EXTRAS = re.compile(r"glx-alternative|update-glx$")
 # Of Ubuntu's archive: the -server packages and modules that Canonical built and signed.
 UBUNTU_ARCHIVE = re.compile(r".*nvidia.*-server|linux-(modules|objects|signatures)-nvidia")
 # Of the CUDA repository: modules that DKMS builds, and the meta packages.
@@ -93,6 +93,7 @@ class Plan(TypedDict):
     modules: list[str]
     pin: File
     nouveau: File
+    extras: list[str]
     stream: str
     dkms: bool
     initramfs: list[str]
@@ -167,6 +168,7 @@ def plan(
         "modules": ["ib_umad"] if switch and nvlink5 else [],
         "pin": pin,
         "nouveau": NOUVEAU,
+        "extras": EXTRAS.get(host["id"], []) if cuda else [],
         "stream": "" if deb else f"{branch}-{'open' if flavour == 'open' else 'dkms'}",
         "dkms": cuda,
         "initramfs": INITRAMFS[kind],
@@ -286,7 +288,7 @@ def refusals(
     bus, Secure Boot, a driver of a .run file.
     """
     found = [*_system(facts), *_installations(wanted, facts, purge)]
-    return [*found, *_held(wanted, facts), *_boot(wanted, facts, reboot, controller)]
+    return [*found, *_epel(wanted, facts), *_held(wanted, facts), *_boot(wanted, facts, reboot, controller)]
 
 
 def _boot(wanted: Plan, facts: Mapping[str, Any], allowed: bool, controller: bool) -> list[Problem]:
@@ -323,15 +325,17 @@ def _system(facts: Mapping[str, Any]) -> list[Problem]:
 
 def leftovers(wanted: Plan, facts: Mapping[str, Any]) -> list[str]:
     """Return the installed packages of another source than the plan's, which have to go before its own can work."""
-    installed = facts["packages"]["installed"]
-    drivers = [name for name in sorted(installed) if DRIVER.match(name) or DEBIAN_ARCHIVE.match(name)]
-    if wanted["format"] != "deb":
+    packages = facts["packages"]
+    installed = packages["installed"]
+    drivers = [name for name in sorted(installed) if DRIVER.match(name)]
+    if wanted["format"] != "deb" or not drivers:
         return []
     if wanted["source"] == "distribution":
         return [name for name in drivers if CUDA_REPOSITORY.match(name)]
-    if any(DEBIAN_ARCHIVE.match(name) for name in drivers):
-        # All of that driver, not only what gives it away.
-        return drivers
+    # A driver on a host that does not know the CUDA repository came from somewhere else.
+    known = any(NAME in source for source in packages.get("sources", ()))
+    if not known or any(DEBIAN_VERSION.search(installed[name]) for name in drivers):
+        return [name for name in sorted(installed) if DRIVER.match(name) or DEBIAN_EXTRAS.match(name)]
     return [name for name in drivers if UBUNTU_ARCHIVE.match(name)]
 
 
@@ -347,6 +351,21 @@ def _installations(wanted: Plan, facts: Mapping[str, Any], purge: bool) -> list[
             )
         )
     return found
+
+
+def _epel(wanted: Plan, facts: Mapping[str, Any]) -> list[Problem]:
+    known = any("epel" in source.lower() for source in facts["packages"].get("sources", ()))
+    if wanted["format"] != "rpm" or not wanted["dkms"] or wanted["extras"] or known:
+        return []
+    return [
+        Problem(
+            "package source EPEL",
+            "none in /etc/yum.repos.d",
+            "EPEL, which has dkms, and CodeReady Builder",
+            "subscription-manager repos --enable codeready-builder-for-rhel-9-$(arch)-rpms, then dnf install "
+            "https://dl.fedoraproject.org/pub/epel/epel-release-latest-9.noarch.rpm (or the site's mirror of it)",
+        )
+    ]
 
 
 def _held(wanted: Plan, facts: Mapping[str, Any]) -> list[Problem]:
