@@ -28,6 +28,8 @@ ORDER = (
     "gdrcopy",
     "container_engine",
     "nvidia_toolkit",
+    "ucx",
+    "nixl",
     "images",
     "trtllm_image",
     "service",
