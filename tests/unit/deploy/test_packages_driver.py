@@ -259,6 +259,14 @@ def test_a_driver_without_the_cuda_repository_came_from_elsewhere() -> None:
     assert driver.leftovers(plan(), facts(packages={"installed": toolkit})) == []
 
 
+def test_debians_module_gives_its_driver_away_without_a_word_in_its_version() -> None:
+    packages = {"installed": {"nvidia-kernel-dkms": "535.261.03-1"}, "sources": [CUDA_SOURCE]}
+    dkms = ["nvidia-current/535.261.03, 6.1.0-28-amd64, x86_64: installed"]
+    assert driver.leftovers(plan(), facts(packages=packages, driver={"dkms": dkms})) == ["nvidia-kernel-dkms"]
+    dkms = ["nvidia/570.172.08, 6.1.0-28-amd64, x86_64: installed"]
+    assert driver.leftovers(plan(), facts(packages=packages, driver={"dkms": dkms})) == []
+
+
 def test_the_same_names_of_the_cuda_repository_are_no_leftovers() -> None:
     installed = {
         "nvidia-driver-cuda": "580.95.05-1",

@@ -40,6 +40,7 @@ DRIVER = re.compile(
 # Versions of Debian's own archive. Its driver renames the module (nvidia-current) in modprobe.d, so that `modprobe
 # nvidia` fails with the CUDA repository's driver beside it; and it comes with these.
 DEBIAN_VERSION = re.compile(r"~(deb|bpo)\d")
+DEBIAN_MODULE = re.compile(r"nvidia-(current|tesla|legacy)[\w-]*/(3|4|5[0-5])\d")
 DEBIAN_EXTRAS = re.compile(r"glx-alternative|update-glx$")
 # Of Ubuntu's archive: the -server packages and modules that Canonical built and signed.
 UBUNTU_ARCHIVE = re.compile(r".*nvidia.*-server|linux-(modules|objects|signatures)-nvidia")
@@ -334,7 +335,8 @@ def leftovers(wanted: Plan, facts: Mapping[str, Any]) -> list[str]:
         return [name for name in drivers if CUDA_REPOSITORY.match(name)]
     # A driver on a host that does not know the CUDA repository came from somewhere else.
     known = any(NAME in source for source in packages.get("sources", ()))
-    if not known or any(DEBIAN_VERSION.search(installed[name]) for name in drivers):
+    renamed = any(DEBIAN_MODULE.match(line) for line in facts["driver"].get("dkms") or ())
+    if not known or renamed or any(DEBIAN_VERSION.search(installed[name]) for name in drivers):
         return [name for name in sorted(installed) if DRIVER.match(name) or DEBIAN_EXTRAS.match(name)]
     return [name for name in drivers if UBUNTU_ARCHIVE.match(name)]
 
