@@ -106,7 +106,8 @@ class Fake:
     nics: int = 0
     link_layer: str = "InfiniBand"
     nic_state: str = "ACTIVE"
-    nic_numa: int = 0
+    nic_numa: int | None = None
+    """The NUMA node of all adapters; None: they are spread as the GPUs are."""
     gid_type: str = "RoCE v2"
     ofed: str = ""
     mlx5_core: str = ""
@@ -254,7 +255,7 @@ def pci(tree: Tree, fake: Fake) -> None:
         device(f"0000:{0xA0 + index:02x}:00.0", "0x10de", "0x068000", "0x22a3", 1)
     for index in range(fake.nics):
         kind = "0x020700" if fake.link_layer == "InfiniBand" else "0x020000"
-        device(nic_address(index), "0x15b3", kind, "0x1021", fake.nic_numa)
+        device(nic_address(index), "0x15b3", kind, "0x1021", nic_node(fake, index))
     for index in range(fake.bridges):
         address = f"0000:{index:02x}:01.0"
         device(address, "0x8086", "0x060400", "0x352a", 0)
@@ -265,6 +266,10 @@ def pci(tree: Tree, fake: Fake) -> None:
 
 def gpu_address(index: int) -> str:
     return f"0000:{0x19 + 0x10 * index:02x}:00.0"
+
+
+def nic_node(fake: Fake, index: int) -> int:
+    return index * 2 // fake.nics if fake.nic_numa is None else fake.nic_numa
 
 
 def nic_address(index: int) -> str:
@@ -525,7 +530,7 @@ def rdma(tree: Tree, fake: Fake) -> None:
     for index in range(fake.nics):
         base = f"sys/class/infiniband/mlx5_{index}"
         netdev = f"ibp{index}s0" if fake.link_layer == "InfiniBand" else f"ens{index}np0"
-        tree.file(f"{base}/device/numa_node", f"{fake.nic_numa}\n")
+        tree.file(f"{base}/device/numa_node", f"{nic_node(fake, index)}\n")
         tree.directory(f"{base}/device/net/{netdev}")
         port = f"{base}/ports/1"
         number = {"DOWN": 1, "INIT": 2, "ACTIVE": 4}[fake.nic_state]

@@ -275,7 +275,7 @@ def test_rdma(host: Host) -> None:
     found = host(nics=2, link_layer="Ethernet", ofed="OFED-internal-25.07-0.9.7", mlx5_core="25.07-0.9.7", peermem=True)
     rdma = found["rdma"]
     assert rdma["devices"][1] == {
-        "name": "mlx5_1", "port": 1, "state": "ACTIVE", "link_layer": "Ethernet", "netdev": "ens1np0", "numa": 0,
+        "name": "mlx5_1", "port": 1, "state": "ACTIVE", "link_layer": "Ethernet", "netdev": "ens1np0", "numa": 1,
         "rate": "400 Gb/sec (4X NDR)",
         "gids": {
             "0": {"gid": "fe80:0000:0000:0000:a088:c203:00b1:0002", "type": "IB/RoCE v1"},
