@@ -148,7 +148,7 @@ CASES = [
     case(34, {"nics": 1, "smi": 9}, {"nics": 1, "nic_numa": 1, "smi": 9}, "warn", "GPU 0 on NUMA", {"fabric": IB,
          "gpus_used": [0]}),
     case(35, {}, {"interfaces": {"eth0": ("10.0.0.1", 1500)}}, "warn", "eth0 1500; g2 9000", {"peer_mtu": MTU}),
-    case(35, {}, {"interfaces": {"eth0": ("10.0.0.1", 1500)}}, "warn", "eth0 1500", {"mtu": 9000}),
+    case(35, {}, {"interfaces": {"eth0": ("10.0.0.1", 1500)}}, "fail", "eth0 1500", {"mtu": 9000}),
     case(36, {"image": IMAGE}, {"image": {**IMAGE, "transports": ["tcp"]}}, "fail", "there are tcp"),
     case(36, {"image": IMAGE}, {"image": {**IMAGE, "complaints": [UNUSED]}}, "fail", "unused environment variable"),
     case(
