@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.lab", description=(__doc__ or "").splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     up = verbs.add_parser("up", help="start the hosts that do not run yet")
-    up.add_argument("--hosts", type=int, default=4, help=f"how many, at most {hosts.MOST} (default %(default)s)")
-    up.add_argument("--bare", action="store_true", help="without a container engine: the deployment installs it")
+    up.add_argument("--hosts", type=int, default=4, help=f"how many, at most {hosts.MOST['']} (default %(default)s)")
+    up.add_argument("--bare", action="store_true", help="others, without a container engine (tests/lab/cluster.yml)")
     images = verbs.add_parser("images", help="build the images here and copy them into the hosts, so that none builds")
     images.add_argument("image", nargs="*", help="copy these, which are built; default: those of a deployment")
     run = verbs.add_parser("exec", help="run a command on a host")
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         if options.verb == "up":
-            print("\n".join(hosts.up(options.hosts, bare=options.bare)))
+            print("\n".join(hosts.up(options.hosts, hosts.BARE if options.bare else "")))
         elif options.verb == "images":
             if options.image:
                 hosts.hand_over(options.image, hosts.running())

@@ -21,6 +21,8 @@ from pdstack.deploy import ask
 ROOT = Path(__file__).resolve().parents[2]
 RECAP = re.compile(r"^(\S+)\s+: ok=(\d+)\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.MULTILINE)
 ANSWER_TOKENS = 24
+# Leaves the hosts as they are at the end, and takes those of an earlier run.
+KEEP = os.environ.get("PDSTACK_LAB_KEEP") == "1"
 
 
 @dataclass

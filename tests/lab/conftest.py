@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.lab import hosts
-from tests.lab.cluster import ANSWER_TOKENS, ROOT, Cluster
+from tests.lab.cluster import ANSWER_TOKENS, KEEP, ROOT, Cluster
 
 from pdstack.deploy import ask, proof
 from pdstack.deploy.load import Load
 
 HOSTS = 4
 PROMPTS = 24
-# Leaves the hosts as they are at the end, and takes those of an earlier run.
-KEEP = os.environ.get("PDSTACK_LAB_KEEP") == "1"
 
 
 @pytest.fixture(scope="session")
 def lab() -> Iterator[list[str]]:
     """Hosts that have a container engine and the images that this tree builds."""
     if not KEEP:
-        hosts.down()
+        hosts.down("")
     names = hosts.up(HOSTS)
     subprocess.run([sys.executable, "-m", "tests.lab", "images"], cwd=ROOT, check=True)
     yield names
     if not KEEP:
-        hosts.down()
+        hosts.down("")
 
 
 @pytest.fixture(scope="session")
@@ -83,14 +79,6 @@ def load(deployed: Cluster, undisturbed: tuple[list[list[int]], list[str]]) -> C
         return Load(one, texts, streams)
 
     return make
-
-
-@pytest.fixture
-def not_kept(request: pytest.FixtureRequest) -> Any:
-    """For tests that need fresh hosts."""
-    if KEEP:
-        pytest.skip("PDSTACK_LAB_KEEP=1 keeps the hosts of an earlier run")
-    return request.getfixturevalue("lab")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

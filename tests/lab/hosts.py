@@ -10,7 +10,7 @@ import hashlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +19,10 @@ from tests.molecule import hostimage
 PREFIX = "pdstack-lab"
 NETWORK = "pdstack-lab"
 SUBNET = "10.231.77.0/24"
-MOST = 5
+# Hosts without an engine are light, and have names and addresses of their own beside the others.
+BARE = "bare-"
+MOST = {"": 5, BARE: 9}
+FIRST = {"": 10, BARE: 100}
 BOOT_S = 60
 # What a host of the lab has before a deployment finds it: an engine, as on a site that installed Docker itself.
 ENGINE_DOCKERFILE = """\
@@ -46,14 +49,14 @@ def docker(*arguments: str, check: bool = True) -> str:
     return done.stdout.strip()
 
 
-def name(number: int) -> str:
+def name(number: int, kind: str = "") -> str:
     """Return the container of host `number` (from 1)."""
-    return f"{PREFIX}-{number}"
+    return f"{PREFIX}-{kind}{number}"
 
 
-def address(number: int) -> str:
-    """Return the address of host `number`, as `inventories/lab` has it."""
-    return f"{SUBNET.rpartition('.')[0]}.{10 + number}"
+def address(number: int, kind: str = "") -> str:
+    """Return the address of host `number`, as `inventories/lab` and tests/lab/cluster.yml have it."""
+    return f"{SUBNET.rpartition('.')[0]}.{FIRST[kind] + number}"
 
 
 def image(bare: bool) -> str:
@@ -73,18 +76,17 @@ def image(bare: bool) -> str:
     return tag
 
 
-def running() -> list[str]:
+def running(kind: str = "") -> list[str]:
     """Return the containers of the lab that exist, in order."""
-    return sorted(docker("ps", "--all", "--format", "{{.Names}}", "--filter", f"name=^{PREFIX}-[0-9]+$").split())
+    return sorted(docker("ps", "--all", "--format", "{{.Names}}", "--filter", f"name=^{PREFIX}-{kind}[0-9]+$").split())
 
 
-def start(number: int, from_image: str, volumes: Iterable[str] = ()) -> None:
+def start(number: int, from_image: str, kind: str = "") -> None:
     """Start host `number`; RuntimeError when its systemd does not come up."""
-    host = name(number)
-    mounts = [word for volume in volumes for word in ("--volume", volume)]
+    host = name(number, kind)
     docker(
-        *("run", "--detach", "--name", host, "--hostname", host, "--network", NETWORK, "--ip", address(number)),
-        *("--label", "pdstack.lab=host", *OPTIONS, *mounts, from_image, "/sbin/init"),
+        *("run", "--detach", "--name", host, "--hostname", host, "--network", NETWORK, "--ip", address(number, kind)),
+        *("--label", "pdstack.lab=host", *OPTIONS, from_image, "/sbin/init"),
     )
     deadline = time.monotonic() + BOOT_S
     while (state := docker("exec", host, "systemctl", "is-system-running", "--wait", check=False)) != "running":
@@ -94,24 +96,25 @@ def start(number: int, from_image: str, volumes: Iterable[str] = ()) -> None:
         time.sleep(0.5)
 
 
-def up(count: int, *, bare: bool = False, volumes: Sequence[str] = ()) -> list[str]:
+def up(count: int, kind: str = "") -> list[str]:
     """Start hosts 1 to `count` that do not run yet and return the containers of all of them."""
-    if not 1 <= count <= MOST:
-        raise RuntimeError(f"hosts: found {count}, wanted 1 to {MOST}")
-    from_image = image(bare)
+    if not 1 <= count <= MOST[kind]:
+        raise RuntimeError(f"hosts: found {count}, wanted 1 to {MOST[kind]}")
+    from_image = image(kind == BARE)
     if not docker("network", "ls", "--quiet", "--filter", f"name=^{NETWORK}$"):
         docker("network", "create", "--subnet", SUBNET, "--label", "pdstack.lab=network", NETWORK)
-    present = running()
-    wanted = [number for number in range(1, count + 1) if name(number) not in present]
+    present = running(kind)
+    wanted = [number for number in range(1, count + 1) if name(number, kind) not in present]
     with ThreadPoolExecutor(max_workers=2) as pool:
-        list(pool.map(lambda number: start(number, from_image, volumes), wanted))
-    return [name(number) for number in range(1, count + 1)]
+        list(pool.map(lambda number: start(number, from_image, kind), wanted))
+    return [name(number, kind) for number in range(1, count + 1)]
 
 
-def down() -> None:
-    """Remove the lab: hosts with all that they kept, and the network."""
-    for host in running():
-        docker("rm", "--force", "--volumes", host)
+def down(*kinds: str) -> None:
+    """Remove the hosts of some kinds (of all, if none is named) with what they kept, and the network with the last."""
+    for kind in kinds or MOST:
+        for host in running(kind):
+            docker("rm", "--force", "--volumes", host)
     docker("network", "rm", NETWORK, check=False)
 
 
