@@ -123,7 +123,10 @@ def evaluate(facts: Facts, plan: Plan, stages: Sequence[str] = (), ids: Sequence
 def judge(entry: Check, facts: Facts, plan: Plan) -> Result:
     """Return the result of one check."""
     said = skip(NOT_GPU) if entry.gpu_only and not plan.get("gpu_host") else entry.function(facts, plan)
-    stage = said.stage or entry.stage
+    stage, fix = said.stage or entry.stage, said.fix
+    if fix and stage != "bare" and entry.mended_by in plan.get("unmanaged", ()):
+        # Nothing of the deployment will mend it: it is as good as known on the bare host.
+        stage, fix = "bare", f"{fix}; {entry.mended_by}__manage is off for this host"
     return Result(
         number=entry.number,
         id=entry.id,
@@ -131,7 +134,7 @@ def judge(entry: Check, facts: Facts, plan: Plan) -> Result:
         verdict=said.verdict or entry.severity,
         found=said.found,
         wanted=said.wanted,
-        fix=said.fix,
+        fix=fix,
         stage=stage,
         # What is known to be wrong on the bare host is not mended by a role.
         mended_by=entry.mended_by if stage == entry.stage else "",

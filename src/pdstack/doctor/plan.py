@@ -28,6 +28,8 @@ SHM_MIB = 10 * 1024
 # Half of what each way can do, in MB/s: NVLink 4 and PCIe 5 x16 between two GPUs, one 400 Gb/s port, loopback TCP.
 LEAST_MB_S = {"nvlink": 100_000, "pcie": 20_000, "rdma": 20_000, "tcp": 500}
 RDMA = ("rc", "dc", "ud", "ib")
+# The Ansible roles that mend what is not right, unless `ROLE__manage` is off for the host.
+ROLES = ("gpu_driver", "host_tuning", "nvidia_toolkit", "rdma")
 INTERFACES = ("TRTLLM_UCX_INTERFACE", "TRTLLM_NIXL_INTERFACE")
 # The user of Dynamo's runtime image.
 IMAGE_USER = {"uid": 1000, "gid": 0}
@@ -39,6 +41,11 @@ def number(value: Any, otherwise: int) -> int:
         return int(value)
     except (TypeError, ValueError):
         return otherwise
+
+
+def on(value: Any) -> bool:
+    """Say whether a switch is on; the command line gives text."""
+    return str(value).lower() in ("true", "yes", "on", "1")
 
 
 def fabric(name: str, profile: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,6 +86,7 @@ def empty() -> dict[str, Any]:
         "gpu_host": False,
         "gpu_count": 0,
         "gpus_used": [],
+        "unmanaged": [],
         "allow_unlisted_os": False,
         "driver_signed": False,
         **GPU_VERSIONS,
@@ -169,8 +177,9 @@ def build(
         "gpu_host": gpu_host,
         "gpu_count": number(variables.get("gpu_count"), max(used) + 1 if used else 0) if gpu_host else 0,
         "gpus_used": used,
-        "allow_unlisted_os": bool(variables.get("allow_unlisted_os", False)),
-        "driver_signed": str(variables.get("gpu_driver__source") or "") in ("canonical", "archive", "distribution"),
+        "unmanaged": [role for role in ROLES if not on(variables.get(f"{role}__manage", True))],
+        "allow_unlisted_os": on(variables.get("allow_unlisted_os", False)),
+        "driver_signed": str(variables.get("gpu_driver__source") or "") == "distribution",
         **{key: str((versions.get("gpu") or {}).get(key, value)) for key, value in GPU_VERSIONS.items()},
         "gpu_request": str(variables.get("gpu_request") or settings.get("gpu_request") or "auto"),
         "mig": str(variables.get("gpu_mig") or "Disabled"),
@@ -181,12 +190,12 @@ def build(
         "ucx_interfaces": _ucx_interfaces(env),
         "ucx_ports": env.get("UCX_TCP_PORT_RANGE", ""),
         "gid_index": env.get("UCX_IB_GID_INDEX", ""),
-        "gdrcopy": bool(variables.get("gdrcopy__manage", False)),
+        "gdrcopy": on(variables.get("gdrcopy__manage", False)),
         "mtu": number(variables.get("kv_mtu"), 0) or None,
         "peer_mtu": _peer_mtu(topology, host, hostvars) if workers else {},
         # The caller's own TypedDict; port_uses reads no more than its keys.
         "ports": [dict(use) for use in port_uses(topology) if use["host"] == host],  # type: ignore[arg-type]
-        "network": bool(variables.get("doctor_network", True)),
+        "network": on(variables.get("doctor_network", True)),
         "reach": _reach(topology, host),
         "etcd": [member["client_url"] for member in topology["etcd"]],
         "etcd_member": etcd[0]["client_url"] if etcd else "",

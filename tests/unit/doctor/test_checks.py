@@ -320,6 +320,14 @@ def test_only_what_a_role_mends_is_said_to_be_mended(
     assert (result.verdict != "ok", result.stage, result.mended_by) == (True, stage, role)
 
 
+def test_what_a_role_may_not_mend_is_in_the_way_of_a_deployment(tmp_path: Path) -> None:
+    found = facts(tmp_path / "host", {"driver": None}, [])
+    result = one(3, found, P(unmanaged=["gpu_driver"]))
+    assert (result.verdict, result.stage, result.mended_by) == ("fail", "bare", "")
+    assert result.fix.endswith("gpu_driver__manage is off for this host")
+    assert one(3, LIKE_NEW, P(unmanaged=["gpu_driver"])).stage == "provisioned"
+
+
 def test_the_reference_engine_needs_ptrace_for_cma(tmp_path: Path) -> None:
     found = facts(tmp_path / "host", {"sysctl": {"kernel.yama.ptrace_scope": "2"}}, [])
     assert one(43, found, {**plan.empty(), "fabric": CMA}).verdict == "fail"

@@ -118,6 +118,15 @@ def test_only_gpu_hosts_start_containers() -> None:
     assert "--image" not in words
 
 
+def test_switches_of_a_host() -> None:
+    made, settings, hosts = deployment(gpu_driver__manage=False, rdma__manage="no", gdrcopy__manage="true")
+    wanted = plan.build(made, "g1", settings, hosts)
+    assert (wanted["unmanaged"], wanted["gdrcopy"]) == (["gpu_driver", "rdma"], True)
+    made, settings, hosts = deployment()
+    wanted = plan.build(made, "g1", settings, hosts)
+    assert (wanted["unmanaged"], wanted["gdrcopy"], wanted["network"]) == ([], False, True)
+
+
 def test_a_site_says_how_much_disk_it_needs() -> None:
     made, settings, hosts = deployment(doctor_disk_mib={"/data": 10})
     assert plan.build(made, "g1", settings, hosts)["disk_mib"] == {"/data": 10}
