@@ -487,8 +487,9 @@ def dockerd_flags(exec_start: str) -> List[str]:
 
 def daemon_json(host: Host) -> Tuple[Optional[Facts], str]:
     """Return the content of daemon.json (None if there is none or it is broken) and what is wrong with it."""
-    text = host.read("/etc/docker/daemon.json")
-    if text is None:
+    text = host.read("/etc/docker/daemon.json") or ""
+    # An empty file says as little as none, and is filled in like one.
+    if not text.strip():
         return None, ""
     try:
         content = json.loads(text)
