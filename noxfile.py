@@ -164,6 +164,14 @@ def molecule(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def lab(session: nox.Session) -> None:
+    """Several hosts on one machine: clusters, rolling changes, a rehearsal of GPU hosts, broken hosts (-- FILE)."""
+    env = environment(session, "dev")
+    path = {"PYTHONPATH": f"{ROOT}/src:{ROOT}"}
+    run(session, env | path, "pytest", *(session.posargs or ["tests/lab"]), "-x", "-s")
+
+
+@nox.session(default=False)
 def e2e(session: nox.Session) -> None:
     """Deploy, verify over both backends, kill each container in turn, destroy."""
     env = environment(session, "dev")
@@ -181,7 +189,7 @@ def bench(session: nox.Session) -> None:
 @nox.session(default=False)
 def tests(session: nox.Session) -> None:
     """Everything above that tests, in order; stops a container engine that it had to start."""
-    for name in ("lint", "unit", "molecule", "e2e", "stop_engine"):
+    for name in ("lint", "unit", "molecule", "lab", "e2e", "stop_engine"):
         session.notify(name)
 
 
