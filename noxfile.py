@@ -108,7 +108,8 @@ def status(session: nox.Session) -> None:
 @nox.session(default=False)
 def doctor(session: nox.Session) -> None:
     """Check every host, read-only: found, wanted, fix; exit 0 fine, 1 warnings, 2 failures (-- -i INVENTORY --json)."""
-    args, shown = [], []
+    args: list[str] = []
+    shown: list[str] = []
     for arg in session.posargs:
         # These are about the report; the rest is for ansible-playbook.
         (shown if arg in ("--json", "--all") else args).append("--print-json" if arg == "--json" else arg)
