@@ -41,7 +41,7 @@ def cluster(lab: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterato
     model = next(iter(sorted((ROOT / ".cache/models").glob("tiny-*"))))
     for number, host in enumerate(lab, start=1):
         root = make(work / str(number) / "root", os="debian 12", interfaces={"eth0": (hosts.address(number), 1500)})
-        hosts.docker("exec", host, "mkdir", "-p", STANDINS, "/srv/models")
+        hosts.docker("exec", host, "sh", "-c", f"rm -rf {STANDINS} /srv/models; mkdir -p {STANDINS} /srv/models")
         hosts.docker("cp", str(root), f"{host}:{STANDINS}")
         hosts.docker("cp", str(model), f"{host}:/srv/models/tiny")
         hosts.docker("exec", host, "sh", "-c", SCRIPT)
