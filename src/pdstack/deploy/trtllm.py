@@ -169,11 +169,14 @@ def environment(
 
 
 def ulimits(fabric: Sequence[str], memlock: str) -> list[str]:
-    """Return the limits of a container: the fabric's over the usual ones; `memlock` (-1: none) over both, unless ''."""
-    found = {**ULIMITS, **dict(limit.split(":", 1) for limit in fabric)}
-    found.pop("memlock", None)
-    if memlock != "":
-        found["memlock"] = f"{memlock}:{memlock}"
+    """Return the limits of a container: the fabric's over the usual ones; `memlock` (-1: none) over both.
+
+    An empty `memlock` is for engines that may not raise limits: what they give is left alone.
+    """
+    given = dict(limit.split(":", 1) for limit in fabric)
+    found = {**ULIMITS, **given, "memlock": f"{memlock}:{memlock}"}
+    if memlock == "":
+        found = {name: limit for name, limit in given.items() if name != "memlock"}
     return [f"{name}:{value}" for name, value in sorted(found.items())]
 
 
