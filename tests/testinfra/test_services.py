@@ -44,10 +44,10 @@ def runtime_versions(service: dict[str, Any], host: Host) -> dict[str, str]:
 
 
 def wanted_version(service: dict[str, Any], name: str, deployment: dict[str, Any]) -> str:
-    """The version of the file for what a service runs from."""
-    pins = deployment["versions"]
-    runtime = service["image"] == "runtime" and name.partition("_")[0] in pins["trtllm_runtime"]
-    return str(pins["trtllm_runtime"][name.partition("_")[0]] if runtime else pins[name])
+    """The version of the file for what a service runs from; of NIXL's packages all must be the same."""
+    if service["image"] != "runtime":
+        return str(deployment["versions"][name])
+    return str(deployment["runtime"]["nixl" if name.startswith("nixl") else name])
 
 
 def measured_versions(service: dict[str, Any], host: Host) -> dict[str, str]:
