@@ -252,6 +252,13 @@ def test_leftovers_of_debians_own_archive_are_refused_or_purged() -> None:
     assert driver.refusals(plan(), seen, purge=True) == []
 
 
+def test_one_leftover_does_not_take_the_driver_with_it() -> None:
+    installed = {"nvidia-driver-cuda": "580.95.05-1", "nvidia-alternative": "535.261.03-1~deb12u1"}
+    assert driver.leftovers(plan(), facts(packages={"installed": installed, "sources": [CUDA_SOURCE]})) == [
+        "nvidia-alternative"
+    ]
+
+
 def test_a_driver_without_the_cuda_repository_came_from_elsewhere() -> None:
     installed = {"nvidia-driver": "535.183.01-1", "nvidia-container-toolkit": "1.20.0-1"}
     assert driver.leftovers(plan(), facts(packages={"installed": installed})) == ["nvidia-driver"]

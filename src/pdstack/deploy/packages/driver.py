@@ -336,8 +336,11 @@ def leftovers(wanted: Plan, facts: Mapping[str, Any]) -> list[str]:
     # A driver on a host that does not know the CUDA repository came from somewhere else.
     known = any(NAME in source for source in packages.get("sources", ()))
     renamed = any(DEBIAN_MODULE.match(line) for line in facts["driver"].get("dkms") or ())
-    if not known or renamed or any(DEBIAN_VERSION.search(installed[name]) for name in drivers):
-        return [name for name in sorted(installed) if DRIVER.match(name) or DEBIAN_EXTRAS.match(name)]
+    extras = [name for name in installed if DEBIAN_EXTRAS.match(name)]
+    if not known or renamed:
+        return sorted([*drivers, *extras])
+    if foreign := [name for name in drivers if DEBIAN_VERSION.search(installed[name])]:
+        return sorted([*foreign, *extras])
     return [name for name in drivers if UBUNTU_ARCHIVE.match(name)]
 
 
