@@ -136,7 +136,8 @@ def command(
         "max_seq_len": config.get("max_seq_len"),
         "max_beam_width": config.get("max_beam_width"),
         "free_gpu_memory_fraction": cache.get("free_gpu_memory_fraction"),
-        "migration_limit": migration_limit,
+        # Dynamo's runtime refuses a prefill worker with another: "ModelType::Prefill requires migration_limit to be 0".
+        "migration_limit": migration_limit if entry["role"] == "decode" else 0,
         # The KV router learns from prefill workers which of them holds which blocks; decode workers tell it nothing.
         "publish_events_and_metrics": router_mode == "kv" and entry["role"] == "prefill",
     }

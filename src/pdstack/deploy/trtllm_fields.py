@@ -210,7 +210,6 @@ REFUSED: Mapping[str, tuple[str, str]] = {
 
 # Options by their long names with _ for -.
 OPTIONS: Mapping[str, Field] = {
-    "migration_limit": INT,
     "publish_events_and_metrics": BOOL,
     "modality": _optional("str", None, None, "text"),
     "max_file_size_mb": COUNT,
@@ -238,6 +237,7 @@ REFUSED_OPTIONS: Mapping[str, tuple[str, str]] = {
             "free_gpu_memory_fraction": "kv_cache_config.free_gpu_memory_fraction",
         }.items()
     },
+    "migration_limit": ("Dynamo wants 0 of prefill workers, and refuses them otherwise", "set migration_limit"),
     "endpoint": ("the namespace and the role decide it", "set pdstack_name, or put the host into another group"),
     "disaggregation_mode": ("the group decides it", "put the host into the group prefill or decode"),
     "model_path": ("the model is the same for all workers and the frontend", "set model_source and model_ref"),

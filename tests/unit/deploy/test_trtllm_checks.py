@@ -75,9 +75,10 @@ def test_a_worker_s_own_settings_are_checked_alike(inventory: Any) -> None:
 
 
 ARGS = [
-    ({"migration_limt": 1}, "did you mean 'migration_limit'"),
-    ({"migration-limit": 1}, "did you mean 'migration_limit'"),
-    ({"migration_limit": "many"}, "correct"),
+    ({"max_file_size": 1}, "did you mean 'max_file_size_mb'"),
+    ({"max-file-size-mb": 1}, "did you mean 'max_file_size_mb'"),
+    ({"max_file_size_mb": "many"}, "correct"),
+    ({"migration_limit": 1}, "set migration_limit"),
     ({"tensor_parallel_size": 2}, "tensor_parallel_size in trtllm_engine"),
     ({"--tensor-parallel-size": 2}, "tensor_parallel_size in trtllm_engine"),
     ({"kv_block_size": 64}, "tokens_per_block"),
