@@ -32,4 +32,6 @@ def test_a_host_is_drained_and_booted_before_the_next_is(tmp_path: Path) -> None
     command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "a,b,c", str(tmp_path / "play.yml")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     said = [line.split('"')[3] for line in done.stdout.splitlines() if '"msg":' in line]
-    assert said == ["drain of a", "boot of a", "drain of c", "boot of c"], done.stdout + done.stderr
+    one, other = ["drain of a", "boot of a"], ["drain of c", "boot of c"]
+    # Whichever answered first is first; none begins before the other is over.
+    assert said in (one + other, other + one), done.stdout + done.stderr
