@@ -190,7 +190,7 @@ def bench(session: nox.Session) -> None:
 @nox.session(default=False)
 def tests(session: nox.Session) -> None:
     """Everything above that tests, in order; stops a container engine that it had to start."""
-    for name in ("lint", "unit", "molecule", "lab", "e2e", "stop_engine"):
+    for name in ("lint", "unit", "molecule", "e2e", "stop_engine"):
         session.notify(name)
 
 
