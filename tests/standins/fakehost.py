@@ -425,6 +425,9 @@ def packages(tree: Tree, fake: Fake) -> None:
                 "etc/apt/apt.conf.d/52pdstack-gpu", f"Unattended-Upgrade::Package-Blacklist {{\n{patterns}\n}};\n"
             )
         tree.file("etc/apt/sources.list.d/debian.sources", "Types: deb\nURIs: http://deb.debian.org/debian\n")
+        if any("nvidia" in name for name in installed):
+            # A driver of a repository that the host does not know is taken for another source's.
+            tree.file("etc/apt/sources.list.d/cuda.list", "deb file:/srv/mirror/cuda/ /\n")
     if fake.run_file:
         tree.program("nvidia-uninstall", "exit 0")
 

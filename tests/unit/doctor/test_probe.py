@@ -165,7 +165,10 @@ def test_packages_of_apt(host: Host) -> None:
     assert found["holds"] == ["docker-ce"]
     assert found["blacklist"] == ["^nvidia-", "^cuda-"]
     assert found["pin_file"] and found["run_file_install"]
-    assert found["sources"] == ["/etc/apt/sources.list.d/debian.sources: URIs: http://deb.debian.org/debian"]
+    assert found["sources"] == [
+        "/etc/apt/sources.list.d/cuda.list: deb file:/srv/mirror/cuda/ /",
+        "/etc/apt/sources.list.d/debian.sources: URIs: http://deb.debian.org/debian",
+    ]
 
 
 def test_packages_of_dnf(host: Host) -> None:
