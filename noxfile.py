@@ -17,6 +17,7 @@ import nox
 
 ROOT = Path(__file__).resolve().parent
 CACHE = ROOT / ".cache"
+REPORTS = CACHE / "reports"
 WORKER_WHEELS = "templates/images/requirements-worker.txt"
 
 nox.needs_version = ">=2025.2.9"
@@ -66,6 +67,11 @@ def environment(session: nox.Session, name: str) -> dict[str, str]:
 def run(session: nox.Session, env: dict[str, str], program: str, *args: str) -> None:
     """Run a program of the environment (nox looks programs up before it applies `env`)."""
     session.run(f"{env['VIRTUAL_ENV']}/bin/{program}", *args, env=env, external=True)
+
+
+def junit(name: str) -> str:
+    """Return pytest's option that keeps the results of a session for `report`."""
+    return f"--junitxml={REPORTS / name}.xml"
 
 
 def test_servers(session: nox.Session, env: dict[str, str]) -> dict[str, str]:
@@ -154,7 +160,8 @@ def lint(session: nox.Session) -> None:
 def unit(session: nox.Session) -> None:
     """Unit tests, inventory cases, and the workers against a real etcd, NATS and frontend, without containers."""
     env = test_servers(session, environment(session, "dev"))
-    run(session, env, "pytest", "tests/unit", "tests/inventory_cases", "tests/integration", *session.posargs)
+    suites = ("tests/unit", "tests/inventory_cases", "tests/integration")
+    run(session, env, "pytest", *suites, junit("unit"), *session.posargs)
 
 
 @nox.session(default=False)
@@ -176,7 +183,7 @@ def lab(session: nox.Session) -> None:
 def e2e(session: nox.Session) -> None:
     """Deploy, verify over both backends, kill each container in turn, destroy."""
     env = environment(session, "dev")
-    run(session, env, "pytest", "tests/e2e", "-x", "-s", *session.posargs)
+    run(session, env, "pytest", "tests/e2e", "-x", "-s", junit("e2e"), *session.posargs)
 
 
 @nox.session(default=False)
@@ -190,8 +197,15 @@ def bench(session: nox.Session) -> None:
 @nox.session(default=False)
 def tests(session: nox.Session) -> None:
     """Everything above that tests, in order; stops a container engine that it had to start."""
-    for name in ("lint", "unit", "molecule", "e2e", "stop_engine"):
+    shutil.rmtree(REPORTS, ignore_errors=True)
+    for name in ("lint", "unit", "molecule", "e2e", "stop_engine", "report"):
         session.notify(name)
+
+
+@nox.session(default=False)
+def report(session: nox.Session) -> None:
+    """Say once more which tests failed in the last run and why."""
+    session.run(sys.executable, "-m", "tests.report", *map(str, sorted(REPORTS.glob("*.xml"))), external=True)
 
 
 @nox.session(default=False)
