@@ -4,9 +4,12 @@
     python3 prove.py jetstream TIMEOUT_S nats://10.0.0.1:4222 [nats://10.0.0.2:4222 ...] [http://10.0.0.1:8222 ...]
 
     python3 prove.py replicate TIMEOUT_S NAMESPACE nats://10.0.0.1:4222 [nats://10.0.0.2:4222 ...]
+    python3 prove.py leases TIMEOUT_S http://10.0.0.1:2379 [http://10.0.0.2:2379 ...]
 
-The last one proves nothing: it gives the streams of a Dynamo namespace a copy on every server, and says how many it
-changed. Dynamo 0.7 makes them with one copy, which is gone for as long as its server is.
+The last two prove nothing. replicate gives the streams of a Dynamo namespace a copy on every server, and says how many
+it changed: Dynamo 0.7 makes them with one copy, which is gone for as long as its server is. leases waits until every
+client of etcd has renewed its lease: Dynamo 0.7 renews a lease of 10 s every 5 s, so a client that loses its
+connection twice within 10 s, because two members were restarted, loses its lease as well, and ends.
 
 Standard library only, and in one file: the playbooks feed it to the python3 of a host. Both proofs use names of their
 own (a random part) and remove them again. Exit 0 with one line of what was proved, or 1 with found, wanted and fix.
@@ -69,6 +72,32 @@ def prove_etcd(endpoints: list[str]) -> str:
         with contextlib.suppress(Unproved):
             etcd_call(endpoints[0], "kv/deleterange", {"key": key})
     return f"etcd: a key written through {endpoints[0]} was read through {len(endpoints)} of {len(endpoints)} members"
+
+
+def settle(endpoints: list[str], timeout_s: float) -> str:
+    """Wait until every lease of now was renewed or is gone, for `timeout_s` at most; return how many were.
+
+    Time to live is given in whole seconds, and goes up only if the client renews.
+    """
+
+    def left(lease: str) -> int:
+        return int(etcd_call(endpoints[0], "lease/timetolive", {"ID": lease}).get("TTL", -1))
+
+    deadline = time.monotonic() + timeout_s
+    leases = [entry["ID"] for entry in etcd_call(endpoints[0], "lease/leases", {}).get("leases", [])]
+    last = {lease: left(lease) for lease in leases}
+    waiting, gone = set(leases), 0
+    while waiting and time.monotonic() < deadline:
+        time.sleep(PAUSE_S)
+        for lease in sorted(waiting):
+            now = left(lease)
+            if now < 0:
+                gone += 1
+            if now < 0 or now > last[lease]:
+                waiting.discard(lease)
+            last[lease] = now
+    renewed = len(leases) - gone - len(waiting)
+    return f"etcd: {renewed} of {len(leases)} leases were renewed, {gone} ran out, {len(waiting)} not renewed yet"
 
 
 class NatsClient:
@@ -217,18 +246,21 @@ def main(arguments: list[str]) -> int:
         "etcd": lambda: prove_etcd(urls),
         "jetstream": lambda: prove_jetstream(*urls),
         "replicate": lambda: replicate(urls[0], urls[1:]),
+        "leases": lambda: settle(urls, float(timeout_s)),
     }
     wanted = {
         "etcd": ("a key written and read back through every member", "etcd"),
         "jetstream": ("a message stored by JetStream and read back through every server", "nats"),
         "replicate": ("a copy of Dynamo's streams on every server", "nats"),
+        "leases": ("every client's lease renewed", "etcd"),
     }[what]
+    proof = what in ("etcd", "jetstream")
     try:
         sys.stdout.write(until(proofs[what], float(timeout_s)) + "\n")
     except Unproved as error:
         sys.stderr.write(
-            f"{what} could not be {'done' if what == 'replicate' else 'proved'} within {timeout_s} s"
-            f"{'' if what == 'replicate' else ', so no worker is started'}.\n"
+            f"{what} could not be {'proved' if proof else 'done'} within {timeout_s} s"
+            f"{', so no worker is started' if proof else ''}.\n"
             f"   found:  {error}\n   wanted: {wanted[0]}\n"
             f"   fix:    read the log of its container (docker logs pdstack-NAME-{wanted[1]}), then deploy again\n"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pdstack.deploy.topology import CONFIG_MOUNT, Frontend, Topology, Worker, container_name
@@ -15,6 +16,7 @@ from pdstack.deploy.topology import CONFIG_MOUNT, Frontend, Topology, Worker, co
 # Idle cost: every check starts a process in a container, and all containers together may use a tenth of a core.
 CHECK = {"interval": "15s", "timeout": "5s", "retries": 3, "start_period": "120s"}
 KEY_FILE = "cluster.key"
+FRONTEND_CHECK = "frontend_check.py"
 # What runs a check in the worker image; -S -E start python3 in a few milliseconds.
 PROBE = ["CMD", "python3", "-S", "-E", "/opt/pdstack/app/pdstack/probe.py"]
 # Beyond the worker's own drain: it leaves etcd and NATS after that.
@@ -36,11 +38,15 @@ def frontend(
     image: str,
     version: str,
     namespace: str,
+    model_name: str,
     model_dir: str,
     router_mode: str,
     block_size: int,
 ) -> Spec:
-    """Return the frontend. The model's directory must lie at the path that the workers register."""
+    """Return the frontend. The model's directory must lie at the path that the workers register.
+
+    It is healthy while it lists the model, in whatever image it runs: see `pdstack.deploy.frontend_check`.
+    """
     command = [
         "dynamo.frontend",
         "--http-host", entry["address"],
@@ -65,7 +71,14 @@ def frontend(
         },
         "volumes": [f"{model_dir}:{model_dir}:ro"],
         "tmpfs": [SCRATCH],
-        "healthcheck": http_check(f"{entry['url']}/health"),
+        "files": [{"path": FRONTEND_CHECK, "content": (Path(__file__).parent / FRONTEND_CHECK).read_text()}],
+        "healthcheck": {
+            "test": [
+                *("CMD", "python3", "-S", "-E", f"{CONFIG_MOUNT}/{FRONTEND_CHECK}", entry["url"], model_name),
+                *(namespace, *topology["etcd_endpoints"]),
+            ],
+            **CHECK,
+        },
         # An idle frontend takes 5 s to leave, a busy one finishes its streams.
         "stop_timeout": 30,
         "labels": {"pdstack.version": version},

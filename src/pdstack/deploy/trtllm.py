@@ -295,7 +295,6 @@ def frontend(entry: Frontend, topology: Topology, *, router_mode: str, **known: 
         "command": command,
         "env": {**spec["env"], "HF_HUB_OFFLINE": "1"},
         "user": USER,
-        "healthcheck": health_check(f"{entry['url']}/health", start_period=CHECK["start_period"]),
         "labels": {**spec["labels"], "pdstack.engine": "trtllm"},
     }
 

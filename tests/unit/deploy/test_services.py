@@ -27,7 +27,13 @@ def spec_of(name: str, built: topology.Topology, inventory: Any, **changed: Any)
         text = coordination.nats_config(built["nats"][0], built, store_dir="/s", store_mib=10, payload_mib=1)
         return coordination.nats(built["nats"][0], image="i:1", version="2", config=text)
     if name == "frontend":
-        known = {"namespace": "t", "model_dir": "/m", "router_mode": "random", "block_size": 16} | changed
+        known = {
+            "namespace": "t",
+            "model_name": "m",
+            "model_dir": "/m",
+            "router_mode": "random",
+            "block_size": 16,
+        } | changed
         return services.frontend(built["frontends"][0], built, image="i:1", version="0.7", **known)
     worker = next(worker for worker in built["workers"] if worker["name"] == name)
     made = config_of(worker, built, inventory, **changed)

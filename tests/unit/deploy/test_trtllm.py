@@ -201,8 +201,8 @@ def test_the_engine_s_file_is_yaml_without_surprises(inventory: Any) -> None:
 
 def frontend(deployment: Deployment, **changed: Any) -> Any:
     known: dict[str, Any] = {
-        "image": "i:1", "version": "0.7", "namespace": "t", "model_dir": "/models/m", "router_mode": "random",
-        "block_size": 32,
+        "image": "i:1", "version": "0.7", "namespace": "t", "model_name": "m", "model_dir": "/models/m",
+        "router_mode": "random", "block_size": 32,
     }  # fmt: skip
     return trtllm.frontend(deployment.topology["frontends"][0], deployment.topology, **known | changed)
 
