@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tests.molecule import hostimage
 
+ROOT = Path(__file__).resolve().parents[2]
 PREFIX = "pdstack-lab"
 NETWORK = "pdstack-lab"
 SUBNET = "10.231.77.0/24"
@@ -59,6 +60,15 @@ def address(number: int, kind: str = "") -> str:
     return f"{SUBNET.rpartition('.')[0]}.{FIRST[kind] + number}"
 
 
+def ensure_engine() -> None:
+    """Make sure that this machine has a container engine that answers, as a deployment on it would."""
+    try:
+        docker("version")
+    except (RuntimeError, FileNotFoundError):
+        inventories = ("-i", "inventories/common", "-i", "inventories/local")
+        subprocess.run(["ansible-playbook", *inventories, "playbooks/hosts.yml"], cwd=ROOT, check=True)
+
+
 def image(bare: bool) -> str:
     """Build what is missing of the hosts' image and return its name; a bare one has no container engine."""
     base = hostimage.build()
@@ -100,6 +110,7 @@ def up(count: int, kind: str = "") -> list[str]:
     """Start hosts 1 to `count` that do not run yet and return the containers of all of them."""
     if not 1 <= count <= MOST[kind]:
         raise RuntimeError(f"hosts: found {count}, wanted 1 to {MOST[kind]}")
+    ensure_engine()
     from_image = image(kind == BARE)
     if not docker("network", "ls", "--quiet", "--filter", f"name=^{NETWORK}$"):
         docker("network", "create", "--subnet", SUBNET, "--label", "pdstack.lab=network", NETWORK)
@@ -112,6 +123,7 @@ def up(count: int, kind: str = "") -> list[str]:
 
 def down(*kinds: str) -> None:
     """Remove the hosts of some kinds (of all, if none is named) with what they kept, and the network with the last."""
+    ensure_engine()
     for kind in kinds or MOST:
         for host in running(kind):
             docker("rm", "--force", "--volumes", host)

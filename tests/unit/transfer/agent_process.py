@@ -86,6 +86,9 @@ class End:
     async def begin_fetch(self, wire: dict[str, Any], local: list[int]) -> None:
         self.fetches[wire["request_id"]] = asyncio.create_task(self.fetch(wire, local))
 
+    async def reading(self) -> bool:
+        return any(link.reads for link in self.agent._links.values())
+
     async def end_fetch(self, request: str) -> dict[str, Any]:
         return await self.fetches.pop(request)
 
