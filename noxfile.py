@@ -158,10 +158,10 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def unit(session: nox.Session) -> None:
-    """Unit tests, inventory cases, and the workers against a real etcd, NATS and frontend, without containers."""
+    """Unit tests, broken inventories and hosts, the workers against a real etcd, NATS and frontend; no containers."""
     env = test_servers(session, environment(session, "dev"))
-    suites = ("tests/unit", "tests/inventory_cases", "tests/integration")
-    run(session, env, "pytest", *suites, junit("unit"), *session.posargs)
+    suites = ("tests/unit", "tests/inventory_cases", "tests/lab/test_broken_hosts.py", "tests/integration")
+    run(session, env | {"PYTHONPATH": f"{ROOT}/src:{ROOT}"}, "pytest", *suites, junit("unit"), *session.posargs)
 
 
 @nox.session(default=False)

@@ -99,7 +99,7 @@ def test_kill_of_prefill_in_the_middle_of_a_read(start: Start, backend: str) -> 
     prefill.kill()
     outcome = decode.call("end_fetch", "big")
     assert outcome.get("error") == "PeerUnreachable", outcome
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10, "the loss was found by waiting, not by the closed connection"
     decode.call("settled", "big")
     assert decode.call("stats")["quarantined_blocks"] == 0
     # A new incarnation under the same name serves the same decode worker.
