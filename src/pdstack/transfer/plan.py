@@ -96,6 +96,18 @@ def _joined(plan: Plan) -> Plan:
     return Plan(source[first], target[first], np.add.reduceat(nbytes, first))
 
 
+def split(plan: Plan, most: int) -> Plan:
+    """The same bytes in extents of at most `most` bytes: pieces to share among threads, or to hash one by one."""
+    if most < 1:
+        raise ValueError(f"pieces of at most {most} bytes, wanted at least 1")
+    counts = -(-plan.nbytes // most)
+    if len(plan) == int(counts.sum()):
+        return plan
+    begin = _ranges(np.zeros(len(plan), np.int64), counts) * most
+    sizes = np.minimum(most, np.repeat(plan.nbytes, counts) - begin)
+    return Plan(np.repeat(plan.source, counts) + begin, np.repeat(plan.target, counts) + begin, sizes)
+
+
 def blocks(block_bytes: int, source_blocks: Sequence[int] | Offsets, target_blocks: Sequence[int] | Offsets) -> Plan:
     """Whole blocks between two block-major pools of one layout. Raises ValueError as :class:`Plan` does."""
     source, target = _table(source_blocks, "source"), _table(target_blocks, "target")

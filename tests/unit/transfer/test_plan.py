@@ -22,9 +22,10 @@ from pdstack.transfer.plan import (
     merge,
     moved_whole,
     slices,
+    split,
 )
 
-exact = settings(derandomize=True, deadline=None, max_examples=150)
+exact = settings(derandomize=True, deadline=None, max_examples=100)
 DIM = 2
 ORDERS = (
     BLOCK_MAJOR,
@@ -161,6 +162,21 @@ def test_merge_does_not_depend_on_the_order(data: st.DataObject) -> None:
     plain = Plan(source, target, np.array(sizes))
     assert np.array_equal(carry_out(straight, content, 256), carry_out(plain, content, 256))
     assert len(straight) <= len(plain)
+
+
+@exact
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30)), max_size=8), st.integers(1, 9))
+def test_split_cuts_and_merge_puts_together_again(gaps_and_sizes: list[tuple[int, int]], most: int) -> None:
+    sizes = np.array([size for _, size in gaps_and_sizes], np.int64)
+    begins = np.cumsum(sizes + [gap for gap, _ in gaps_and_sizes]) - sizes
+    plan = merge(begins + 5, begins, sizes)
+    pieces = split(plan, most)
+    assert pieces.total == plan.total
+    assert len(pieces) == sum(-(-size // most) for size in plan.nbytes.tolist())
+    assert all(0 < size <= most for size in pieces.nbytes.tolist())
+    again = merge(pieces.source, pieces.target, pieces.nbytes)
+    assert np.array_equal(again.source, plan.source)
+    assert np.array_equal(again.nbytes, plan.nbytes)
 
 
 def test_runs_are_merged_on_both_sides_only() -> None:

@@ -1,0 +1,77 @@
+"""What every path is to its user: an exporter's metadata, and a peer that reads plans."""
+
+from __future__ import annotations
+
+import ctypes
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from pdstack.transfer.errors import ReadFailed
+from pdstack.transfer.plan import Offsets, Plan
+
+Hashes = npt.NDArray[np.uint64]
+
+# A plan is hashed in pieces of at most so many bytes (`plan.split`): small enough to be still in the core's own cache
+# after the copy, so that hashing costs no second trip to memory.
+HASH_UNIT = 256 << 10
+
+
+class Region(NamedTuple):
+    """Memory of this process."""
+
+    address: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, array: npt.NDArray[Any]) -> Region:
+        """The memory of a C-contiguous array; the caller keeps the array."""
+        if not array.flags.c_contiguous:
+            raise ValueError("a region is one run of bytes, wanted a C-contiguous array")
+        return cls(array.ctypes.data, array.nbytes)
+
+    def bytes(self) -> memoryview:
+        """The region as writeable bytes, without a copy."""
+        return memoryview((ctypes.c_ubyte * self.nbytes).from_address(self.address)).cast("B")
+
+
+def hash_pieces(memory: memoryview, offsets: Offsets, nbytes: Offsets) -> Hashes:
+    """XXH3-64 of each piece of `memory`. Prefill's hashes of a split plan's sources equal decode's of its targets."""
+    digest = xxhash.xxh3_64_intdigest
+    ends = (offsets + nbytes).tolist()
+    pairs = zip(offsets.tolist(), ends, strict=True)
+    return np.fromiter((digest(memory[begin:end]) for begin, end in pairs), np.uint64, len(ends))
+
+
+class PathPeer(ABC):
+    """Decode's connection to one exporter over one path. One thread at a time, except :meth:`abort`."""
+
+    name: str
+
+    @abstractmethod
+    def read(self, plan: Plan, *, checksum: bool = True) -> Hashes | None:
+        """Move the plan's bytes from the peer's pool into ours.
+
+        Returns the hashes of what is in our memory now, one for each extent of ``split(plan, HASH_UNIT)``, to be
+        compared with what prefill says its own are; None without `checksum` (benchmarks only).
+
+        The law of the backends holds here too: when this returns or raises, our blocks are not written any more,
+        whatever the peer or the network does later. Raises :class:`ReadFailed`, ValueError for a plan that leaves
+        the pools.
+        """
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Make a read in progress end soon with an error. Thread-safe; the peer cannot be used afterwards."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the peer's memory or connection."""
+
+
+def aborted() -> ReadFailed:
+    """The error of a read that :meth:`PathPeer.abort` ended."""
+    return ReadFailed("the read was aborted")

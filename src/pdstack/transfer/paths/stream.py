@@ -1,0 +1,393 @@
+"""Path `stream`: prefill pushes scattered extents over a few TCP sockets, decode receives them where they belong.
+
+For hosts without RDMA. Both ends prove the cluster key with the handshake of the control channel (`wire`), on every
+socket; each header is a signed frame in sequence. One read, on each socket::
+
+    decode  -> frame {"type": "read", "extents": n, "digest"}   n x (source offset, bytes), little-endian int64
+    prefill -> frame {"type": "data", "extents": k, "hash"}     the bytes of the next k extents
+               ... until all n have come
+
+``digest`` is the request's SHA-256 and ``hash`` the XXH3-64 over the extents' own XXH3-64, both inside signed frames.
+One request is on the way while another is answered. Neither side holds more than two requests and one group of
+vectors a socket. Bytes are neither encrypted nor, against a forger on the network, authenticated: XXH3 finds faults,
+not attacks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import socket
+import struct
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from pdstack.transfer.backends.base import Exporter
+from pdstack.transfer.channel import HANDSHAKE_S, Identity
+from pdstack.transfer.errors import (
+    AuthenticationFailed,
+    ChecksumMismatch,
+    ProtocolError,
+    ReadFailed,
+    Refused,
+    TransferError,
+)
+from pdstack.transfer.paths.base import HASH_UNIT, Hashes, PathPeer, Region, hash_pieces
+from pdstack.transfer.plan import Offsets, Plan, split
+from pdstack.transfer.roles import Role
+from pdstack.transfer.wire import MAX_GREETING, Greeting, Handshake, Message, Seal, dump, encode, frame_length, parse
+
+_log = logging.getLogger(__name__)
+STREAMS = 2
+# A request fits the socket buffers of both ends, so that two of them never make both ends wait for each other.
+_MAX_EXTENTS = 2048
+_MAX_REQUEST = 16 << 20
+# The kernel's limit on vectors a call, and what is hashed before it is sent, while it is in the cache.
+_MAX_VECTORS = 1024
+_GROUP = 1 << 20
+_MAX_HEADER = 4096
+_MAX_CONNECTIONS = 64
+_ENDED = (OSError, EOFError)
+
+
+def _receive(sock: socket.socket, nbytes: int) -> bytes:
+    data = sock.recv(nbytes, socket.MSG_WAITALL)
+    if len(data) != nbytes:
+        raise EOFError("the peer closed the stream, or stopped in the middle of a frame")
+    return data
+
+
+def _receive_frame(sock: socket.socket, limit: int) -> bytes:
+    return _receive(sock, frame_length(_receive(sock, 4), limit))
+
+
+def _send_plain(sock: socket.socket, message: Message) -> None:
+    sock.sendall(encode(dump(message), MAX_GREETING))
+
+
+def _receive_plain(sock: socket.socket, kind: str) -> Message:
+    message = parse(_receive_frame(sock, MAX_GREETING))
+    if message["type"] != kind:
+        raise ProtocolError(f"the peer sent {message['type']!r:.40}, wanted {kind!r}")
+    return message
+
+
+def _check_role(greeting: Greeting, identity: Identity, wanted: Role) -> None:
+    if greeting.role != wanted or greeting.audience != identity.audience:
+        raise Refused(
+            f"{greeting.name!r} is a {greeting.role} worker of {greeting.audience!r}, wanted a {wanted} worker of "
+            f"{identity.audience!r}",
+            code="role",
+        )
+
+
+def _connect(sock: socket.socket, identity: Identity) -> Seal:
+    hello = identity.greeting()
+    _send_plain(sock, hello.message("hello"))
+    message = _receive_plain(sock, "welcome")
+    welcome = Greeting.parse(message)
+    handshake = Handshake(identity.key, hello, welcome)
+    handshake.check(message.get("proof"), handshake.prefill_proof, "the prefill agent of this stream")
+    _check_role(welcome, identity, Role.PREFILL)
+    _send_plain(sock, {"type": "auth", "proof": handshake.decode_proof})
+    return handshake.seal(Role.DECODE)
+
+
+def _accept(sock: socket.socket, identity: Identity) -> Seal:
+    hello = Greeting.parse(_receive_plain(sock, "hello"))
+    _check_role(hello, identity, Role.DECODE)
+    welcome = identity.greeting()
+    handshake = Handshake(identity.key, hello, welcome)
+    _send_plain(sock, welcome.message("welcome", proof=handshake.prefill_proof))
+    handshake.check(_receive_plain(sock, "auth").get("proof"), handshake.decode_proof, f"decode agent {hello.name!r}")
+    return handshake.seal(Role.PREFILL)
+
+
+def _tune(sock: socket.socket, patience_s: float) -> None:
+    """Blocking calls that end after `patience_s` without progress; Python's own timeout would break MSG_WAITALL."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    limit = struct.pack("ll", int(patience_s), int(patience_s % 1 * 1e6))
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        sock.setsockopt(socket.SOL_SOCKET, option, limit)
+
+
+def _count(message: Message, kind: str, most: int) -> int:
+    number = message.get("extents")
+    if message["type"] != kind or not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= most:
+        raise ProtocolError(
+            f"the peer sent {message['type']!r:.40} of {number!r:.20} extents, wanted {kind!r} of 1 to {most}"
+        )
+    return number
+
+
+def _views(memory: memoryview, offsets: Offsets, nbytes: Offsets) -> list[memoryview]:
+    ends = (offsets + nbytes).tolist()
+    return [memory[begin:end] for begin, end in zip(offsets.tolist(), ends, strict=True)]
+
+
+def _advance(views: list[memoryview], done: int) -> list[memoryview]:
+    """What is left of `views` after their first `done` bytes."""
+    for index, view in enumerate(views):
+        if done < len(view):
+            return [view[done:], *views[index + 1 :]]
+        done -= len(view)
+    return []
+
+
+def _group_hash(hashes: Hashes) -> str:
+    return str(xxhash.xxh3_64_hexdigest(hashes.tobytes()))
+
+
+def _group_ends(nbytes: Offsets) -> list[int]:
+    """Indices that cut extents into groups of about 1 MiB and at most 1,024 vectors."""
+    ends, size, begin = [], 0, 0
+    for index, more in enumerate(nbytes.tolist()):
+        if index > begin and (size + more > _GROUP or index - begin == _MAX_VECTORS):
+            ends.append(index)
+            size, begin = 0, index
+        size += more
+    return [*ends, len(nbytes)] if len(nbytes) else ends
+
+
+class StreamExporter(Exporter):
+    """Listens for decode's sockets; one thread a socket answers its requests."""
+
+    def __init__(self, pool: Region, identity: Identity, host: str, port: int = 0, patience_s: float = 20.0) -> None:
+        self._pool, self._identity, self._patience_s = pool, identity, patience_s
+        self._memory = pool.bytes().toreadonly()
+        self._connections: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._listener = socket.create_server((host, port), backlog=_MAX_CONNECTIONS)
+        address = self._listener.getsockname()
+        self._metadata = json.dumps({"host": address[0], "port": address[1], "nbytes": pool.nbytes}).encode()
+        self._thread = threading.Thread(target=self._listen, name="kv-stream", daemon=True)
+        self._thread.start()
+
+    def metadata(self) -> bytes:
+        """Where to connect, and the pool's size, as JSON. No secret: the handshake asks for the cluster key."""
+        return self._metadata
+
+    def tend(self) -> None:
+        """Nothing to do."""
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            with self._lock:
+                if self._closed or len(self._connections) >= _MAX_CONNECTIONS:
+                    sock.close()
+                    continue
+                self._connections.add(sock)
+            threading.Thread(target=self._converse, args=(sock,), name="kv-stream-send", daemon=True).start()
+
+    def _converse(self, sock: socket.socket) -> None:
+        try:
+            _tune(sock, HANDSHAKE_S)
+            seal = _accept(sock, self._identity)
+            _tune(sock, self._patience_s)
+            while True:
+                try:
+                    sock.recv(1, socket.MSG_PEEK)  # an idle connection may be silent for as long as it likes
+                except BlockingIOError:
+                    continue
+                self._answer(sock, seal)
+        except EOFError:
+            pass  # decode closed its end
+        except (OSError, TransferError) as error:
+            _log.info("a KV stream ended: %s", error)
+        finally:
+            with self._lock:
+                self._connections.discard(sock)
+            sock.close()
+
+    def _answer(self, sock: socket.socket, seal: Seal) -> None:
+        message = seal.check(_receive_frame(sock, _MAX_HEADER))
+        number = _count(message, "read", _MAX_EXTENTS)
+        body = _receive(sock, number * 16)
+        if hashlib.sha256(body).hexdigest() != message.get("digest"):
+            raise AuthenticationFailed("a read request was altered on its way")
+        offsets, nbytes = np.frombuffer(body, "<i8").reshape(number, 2).T.astype(np.int64)
+        # Compared without adding: a forged size must not wrap around.
+        if offsets.min() < 0 or nbytes.min() < 1 or np.any(nbytes > self._pool.nbytes - offsets):
+            raise ProtocolError(f"a read leaves the pool of {self._pool.nbytes} bytes")
+        if int(nbytes.max()) > _GROUP or nbytes.sum() > _MAX_REQUEST:
+            raise ProtocolError("a read is larger than one request may be")
+        hashed = message.get("checksum") is True
+        begin = 0
+        for end in _group_ends(nbytes):
+            mine = slice(begin, end)
+            header: dict[str, Any] = {"type": "data", "extents": end - begin}
+            if hashed:
+                header["hash"] = _group_hash(hash_pieces(self._memory, offsets[mine], nbytes[mine]))
+            views = [memoryview(encode(seal.sign(header), _MAX_HEADER))]
+            views += _views(self._memory, offsets[mine], nbytes[mine])
+            while views:
+                views = _advance(views, sock.sendmsg(views[:_MAX_VECTORS]))
+            begin = end
+
+    def close(self) -> None:
+        """End all streams; nothing of the pool is sent afterwards."""
+        with self._lock:
+            self._closed = True
+            connections = list(self._connections)
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for sock in connections:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+
+
+class StreamPeer(PathPeer):
+    """The sockets to one exporter. A read that fails closes them: nothing that is still on its way can land."""
+
+    name = "stream"
+
+    def __init__(
+        self, metadata: bytes, target: Region, identity: Identity, streams: int = STREAMS, patience_s: float = 20.0
+    ) -> None:
+        try:
+            values = json.loads(metadata)
+            where = (str(values["host"]), int(values["port"]))
+            self._nbytes = int(values["nbytes"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ReadFailed(f"the peer's stream metadata cannot be read: {error}") from error
+        self._target, self._memory = target, target.bytes()
+        self._patience_s = patience_s
+        self._aborted = threading.Event()
+        self._ends: list[tuple[socket.socket, Seal]] = []
+        self._pool = ThreadPoolExecutor(streams, thread_name_prefix="kv-stream-receive")
+        try:
+            for _ in range(streams):
+                sock = socket.create_connection(where, HANDSHAKE_S)
+                sock.settimeout(None)
+                _tune(sock, HANDSHAKE_S)
+                try:
+                    self._ends.append((sock, _connect(sock, identity)))
+                except BaseException:
+                    sock.close()
+                    raise
+                _tune(sock, patience_s)
+        except _ENDED as error:
+            self.close()
+            raise ReadFailed(
+                f"no KV stream to {where[0]}:{where[1]}: {error}; is the port open between the hosts, and is the "
+                "cluster key the same?"
+            ) from error
+        except TransferError:
+            self.close()
+            raise
+
+    def read(self, plan: Plan, *, checksum: bool = True) -> Hashes | None:
+        """See the base class. Also raises :class:`ChecksumMismatch`: every group is verified as it arrives."""
+        plan.within(self._nbytes, self._target.nbytes)
+        if self._aborted.is_set() or not self._ends:
+            raise ReadFailed("this KV stream is closed")
+        pieces = split(plan, HASH_UNIT if checksum else _GROUP)
+        hashes = np.zeros(len(pieces), np.uint64) if checksum else None
+        ends = self._ends
+        # Equal shares of bytes: each socket takes one contiguous part of the pieces.
+        marks = np.searchsorted(np.cumsum(pieces.nbytes), np.arange(1, len(ends)) * (pieces.total / len(ends)))
+        edges = [0, *marks.tolist(), len(pieces)]
+        shares = [
+            self._pool.submit(self._take, sock, seal, pieces, slice(begin, end), hashes)
+            for (sock, seal), begin, end in zip(ends, edges[:-1], edges[1:], strict=True)
+            if end > begin
+        ]
+        errors = [error for share in shares if (error := share.exception()) is not None]
+        if not errors:
+            return hashes
+        first = next((error for error in errors if isinstance(error, TransferError)), errors[0])
+        self.close()
+        if isinstance(first, TransferError):
+            raise first
+        if isinstance(first, _ENDED):
+            silent = isinstance(first, BlockingIOError)
+            why = f"was cut off: {f'the peer was silent for {self._patience_s:.0f} s' if silent else first}"
+            if self._aborted.is_set():
+                why = "was aborted"
+            raise ReadFailed(f"the read over the KV stream {why}") from first
+        raise first
+
+    def _take(self, sock: socket.socket, seal: Seal, pieces: Plan, mine: slice, hashes: Hashes | None) -> None:
+        try:
+            waiting: deque[slice] = deque()
+            for request in _requests(pieces.nbytes, mine):
+                self._ask(sock, seal, pieces, request, hashes is not None)
+                waiting.append(request)
+                if len(waiting) == 2:
+                    self._fill(sock, seal, pieces, waiting.popleft(), hashes)
+            while waiting:
+                self._fill(sock, seal, pieces, waiting.popleft(), hashes)
+        except BaseException:
+            self._cut()  # the other sockets' shares are worth nothing now, so they need not be waited for
+            raise
+
+    @staticmethod
+    def _ask(sock: socket.socket, seal: Seal, pieces: Plan, request: slice, checksum: bool) -> None:
+        body = np.stack((pieces.source[request], pieces.nbytes[request]), axis=1).astype("<i8").tobytes()
+        header = {"type": "read", "extents": request.stop - request.start, "checksum": checksum}
+        header["digest"] = hashlib.sha256(body).hexdigest()
+        sock.sendall(encode(seal.sign(header), _MAX_HEADER) + body)
+
+    def _fill(self, sock: socket.socket, seal: Seal, pieces: Plan, request: slice, hashes: Hashes | None) -> None:
+        begin = request.start
+        while begin < request.stop:
+            message = seal.check(_receive_frame(sock, _MAX_HEADER))
+            end = begin + _count(message, "data", min(_MAX_VECTORS, request.stop - begin))
+            offsets, nbytes = pieces.target[begin:end], pieces.nbytes[begin:end]
+            views = _views(self._memory, offsets, nbytes)
+            while views:
+                got = sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
+                if not got:
+                    raise EOFError("the peer closed the stream")
+                views = _advance(views, got)
+            if hashes is not None:
+                hashes[begin:end] = hash_pieces(self._memory, offsets, nbytes)
+                if message.get("hash") != _group_hash(hashes[begin:end]):
+                    raise ChecksumMismatch(
+                        f"{end - begin} extents arrived over the KV stream with another hash than prefill sent "
+                        "with them: they were altered on the way and not used"
+                    )
+            begin = end
+
+    def _cut(self) -> None:
+        for sock, _ in self._ends:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def abort(self) -> None:
+        """See the base class."""
+        self._aborted.set()
+        self._cut()
+
+    def close(self) -> None:
+        """See the base class."""
+        ends, self._ends = self._ends, []
+        for sock, _ in ends:
+            sock.close()
+        self._pool.shutdown()
+
+
+def _requests(nbytes: Offsets, mine: slice) -> list[slice]:
+    """`mine` cut into requests that are not too long and not too large."""
+    share = (np.cumsum(nbytes[mine]) - 1) // (_MAX_REQUEST - _GROUP)
+    cuts = (np.flatnonzero(np.diff(share)) + 1).tolist()
+    requests = []
+    for begin, end in zip([0, *cuts], [*cuts, len(share)], strict=True):
+        edges = [*range(begin, end, _MAX_EXTENTS), end]
+        requests += [slice(mine.start + a, mine.start + b) for a, b in pairwise(edges)]
+    return requests
