@@ -195,6 +195,20 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def bench_kv(session: nox.Session) -> None:
+    """How fast KV moves here: own paths beside NIXL, UCX, Mooncake and the limit (-- --quick, see --help)."""
+    env = environment(session, "dev")
+    rival = CACHE / "bench"
+    if not rival.is_dir():
+        pip = ["-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--require-hashes"]
+        wanted = ["--target", str(rival), "-r", "requirements/bench.txt"]
+        # No wheel for this Python, or no index within reach: the benchmark says what it had to leave out.
+        session.run(f"{env['VIRTUAL_ENV']}/bin/python", *pip, *wanted, env=env, external=True, success_codes=[0, 1])
+    path = {"PYTHONPATH": f"{ROOT}/src:{ROOT}:{rival}"}
+    run(session, env | path, "python", "-m", "benchmarks.kv_paths", *session.posargs)
+
+
+@nox.session(default=False)
 def tests(session: nox.Session) -> None:
     """Everything above that tests, in order; stops a container engine that it had to start."""
     shutil.rmtree(REPORTS, ignore_errors=True)

@@ -50,9 +50,10 @@ STREAMS = 2
 # A request fits the socket buffers of both ends, so that two of them never make both ends wait for each other.
 _MAX_EXTENTS = 2048
 _MAX_REQUEST = 16 << 20
-# The kernel's limit on vectors a call, and what is hashed before it is sent, while it is in the cache.
-_MAX_VECTORS = 1024
-_GROUP = 1 << 20
+# The kernel's limit on vectors a call, less one for the header; and what is hashed before it is sent, while it is in
+# the cache.
+_MAX_VECTORS = 1023
+_GROUP = 2 << 20
 _MAX_HEADER = 4096
 _MAX_CONNECTIONS = 64
 _ENDED = (OSError, EOFError)
@@ -142,19 +143,32 @@ def _advance(views: list[memoryview], done: int) -> list[memoryview]:
     return []
 
 
+def _send_all(sock: socket.socket, views: list[memoryview], nbytes: int) -> None:
+    while sent := sock.sendmsg(views):
+        nbytes -= sent
+        if not nbytes:  # nearly always at once, so that the list is not walked again
+            return
+        views = _advance(views, sent)
+
+
+def _receive_all(sock: socket.socket, views: list[memoryview], nbytes: int) -> None:
+    while got := sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]:
+        nbytes -= got
+        if not nbytes:
+            return
+        views = _advance(views, got)
+    raise EOFError("the peer closed the stream")
+
+
 def _group_hash(hashes: Hashes) -> str:
     return str(xxhash.xxh3_64_hexdigest(hashes.tobytes()))
 
 
 def _group_ends(nbytes: Offsets) -> list[int]:
-    """Indices that cut extents into groups of about 1 MiB and at most 1,024 vectors."""
-    ends, size, begin = [], 0, 0
-    for index, more in enumerate(nbytes.tolist()):
-        if index > begin and (size + more > _GROUP or index - begin == _MAX_VECTORS):
-            ends.append(index)
-            size, begin = 0, index
-        size += more
-    return [*ends, len(nbytes)] if len(nbytes) else ends
+    """Indices that cut extents into groups of about `_GROUP` bytes and no more vectors than a call takes."""
+    share = (np.cumsum(nbytes) - 1) // _GROUP
+    vectors = np.arange(len(nbytes)) // _MAX_VECTORS
+    return [*(np.flatnonzero(np.diff(share) | np.diff(vectors)) + 1).tolist(), len(nbytes)]
 
 
 class StreamExporter(Exporter):
@@ -231,10 +245,9 @@ class StreamExporter(Exporter):
             header: dict[str, Any] = {"type": "data", "extents": end - begin}
             if hashed:
                 header["hash"] = _group_hash(hash_pieces(self._memory, offsets[mine], nbytes[mine]))
-            views = [memoryview(encode(seal.sign(header), _MAX_HEADER))]
-            views += _views(self._memory, offsets[mine], nbytes[mine])
-            while views:
-                views = _advance(views, sock.sendmsg(views[:_MAX_VECTORS]))
+            head = memoryview(encode(seal.sign(header), _MAX_HEADER))
+            views = [head, *_views(self._memory, offsets[mine], nbytes[mine])]
+            _send_all(sock, views, len(head) + int(nbytes[mine].sum()))
             begin = end
 
     def close(self) -> None:
@@ -349,12 +362,7 @@ class StreamPeer(PathPeer):
             message = seal.check(_receive_frame(sock, _MAX_HEADER))
             end = begin + _count(message, "data", min(_MAX_VECTORS, request.stop - begin))
             offsets, nbytes = pieces.target[begin:end], pieces.nbytes[begin:end]
-            views = _views(self._memory, offsets, nbytes)
-            while views:
-                got = sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
-                if not got:
-                    raise EOFError("the peer closed the stream")
-                views = _advance(views, got)
+            _receive_all(sock, _views(self._memory, offsets, nbytes), int(nbytes.sum()))
             if hashes is not None:
                 hashes[begin:end] = hash_pieces(self._memory, offsets, nbytes)
                 if message.get("hash") != _group_hash(hashes[begin:end]):
