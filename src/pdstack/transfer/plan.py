@@ -103,7 +103,7 @@ def split(plan: Plan, most: int) -> Plan:
     counts = -(-plan.nbytes // most)
     if len(plan) == int(counts.sum()):
         return plan
-    begin = _ranges(np.zeros(len(plan), np.int64), counts) * most
+    begin = ranges(np.zeros(len(plan), np.int64), counts) * most
     sizes = np.minimum(most, np.repeat(plan.nbytes, counts) - begin)
     return Plan(np.repeat(plan.source, counts) + begin, np.repeat(plan.target, counts) + begin, sizes)
 
@@ -302,7 +302,7 @@ def moved_whole(plan: Plan, granule_bytes: int, source_bytes: int, costs: Costs)
         return None
     first = plan.source // granule_bytes
     last = (plan.source + plan.nbytes - 1) // granule_bytes
-    touched = np.unique(_ranges(first, last - first + 1))
+    touched = np.unique(ranges(first, last - first + 1))
     # An extent over several granules stays one: all of them are touched, so they lie side by side in staging too.
     staged = np.searchsorted(touched, first) * granule_bytes + plan.source % granule_bytes
     begins = touched * granule_bytes
@@ -314,7 +314,7 @@ def moved_whole(plan: Plan, granule_bytes: int, source_bytes: int, costs: Costs)
     return Whole(transfer, slicing, len(touched) * granule_bytes)
 
 
-def _ranges(first: Offsets, counts: Offsets) -> Offsets:
+def ranges(first: Offsets, counts: Offsets) -> Offsets:
     """first[i], first[i] + 1, ... counts[i] of them, one after the other."""
     within = np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.repeat(first, counts) + within

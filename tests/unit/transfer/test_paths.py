@@ -70,7 +70,16 @@ def wanted(plan: Plan, content: np.ndarray) -> np.ndarray:
     return target
 
 
+def short_runs() -> Plan:
+    """1, 2 or 3 blocks of 2 KiB a run, each run of a place of its own."""
+    rng = np.random.default_rng(2)
+    runs = rng.integers(1, 4, 900) * 2048
+    return merge(rng.permutation(1000)[:900] * 8192 + 2048, rng.permutation(1000)[:900] * 8192, runs)
+
+
 PLANS = {
+    "short runs": short_runs(),
+    "odd and short": merge(np.arange(3000) * 700 + 3, np.arange(3000)[::-1] * 701, np.full(3000, 699)),
     "contiguous": blocks(4096, range(2000), range(100, 2100)),
     "4 KiB": scattered(4096, 4000),
     "32 KiB": scattered(32768, 300),
@@ -395,6 +404,7 @@ def test_where_seccomp_forbids_vectors_small_pieces_are_copied_one_by_one(monkey
     source, target = np.arange(4096, dtype=np.uint8), np.zeros(4096, np.uint8)
     copy = LocalCopy(Region.of(source), Region.of(target))
     copy(np.array([0, 100]), np.array([50, 0]), np.array([10, 10]))
+    assert not copy._vectors
     assert target[50:60].tolist() == list(range(10))
 
 

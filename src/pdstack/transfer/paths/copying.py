@@ -5,21 +5,24 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import count
 from threading import Event
 
 import numpy as np
+import numpy.typing as npt
 
 from pdstack.transfer.errors import ReadFailed
 from pdstack.transfer.paths.base import HASH_UNIT, Hashes, Region, aborted, hash_pieces
-from pdstack.transfer.plan import Offsets, Plan, split
+from pdstack.transfer.plan import Offsets, Plan, ranges, split
 
 # What one thread copies before it looks for more work, or whether it was told to stop.
 _UNHASHED_UNIT = 4 << 20
-# Below this many bytes a piece, the kernel's own loop over a vector beats one call a piece from Python.
-_VECTOR_BELOW = 16 << 10
+# Below this many bytes a piece, what a call from Python costs shows beside the copy.
+_SHORT = 16 << 10
+_SHORTEST_ROW = 512
 # The kernel's limit on vectors (UIO_MAXIOV).
 _MAX_VECTORS = 1024
 # Two threads saturate what two memory channels give; more contend for the interpreter lock between copies.
@@ -62,26 +65,55 @@ def read_process(pid: int, source: Offsets, target: Offsets, nbytes: Offsets) ->
 
 
 class LocalCopy:
-    """Copies between two regions of this process: long pieces one by one, short ones as vectors."""
+    """Copies between two regions of this process, in the way that costs least for pieces of their length.
+
+    Long pieces go one by one. Short ones go as rows of two tables if they are whole rows, which numpy's indexing
+    copies without the interpreter; else as vectors of one call into the kernel.
+    """
 
     def __init__(self, source: Region, target: Region) -> None:
-        self._source, self._target = source.address, target.address
+        self._source, self._target = source, target
         self._vectors = True
 
     def __call__(self, source: Offsets, target: Offsets, nbytes: Offsets) -> None:
         """Copy pieces between offsets of the two regions."""
-        if self._vectors and int(nbytes.sum()) < _VECTOR_BELOW * len(nbytes):
+        if int(nbytes.sum()) < _SHORT * len(nbytes) and (
+            self._as_rows(source, target, nbytes) or self._as_vectors(source, target, nbytes)
+        ):
+            return
+        addresses = (target + self._target.address).tolist(), (source + self._source.address).tolist()
+        deque(map(_memmove, *addresses, nbytes.tolist()), maxlen=0)
+
+    def _as_rows(self, source: Offsets, target: Offsets, nbytes: Offsets) -> bool:
+        row = int(nbytes[0])
+        if (nbytes != row).any() or (source % row).any() or (target % row).any():
+            row = int(np.gcd.reduce(np.concatenate((source, target, nbytes))))  # merged runs of equal blocks
+        if row % 8 or row < _SHORTEST_ROW:
+            return False
+        counts = nbytes // row
+        begins, ends = ranges(source // row, counts), ranges(target // row, counts)
+        here, there = _table(self._target, row), _table(self._source, row)
+        step = max(1, HASH_UNIT // row)  # what numpy holds between the two tables stays in the cache
+        for first in range(0, len(begins), step):
+            here[ends[first : first + step]] = there[begins[first : first + step]]
+        return True
+
+    def _as_vectors(self, source: Offsets, target: Offsets, nbytes: Offsets) -> bool:
+        if self._vectors:
             try:
                 # A process may always read itself, and the kernel's loop runs without the interpreter lock.
-                read_process(os.getpid(), source + self._source, target + self._target, nbytes)
-                return
+                read_process(os.getpid(), source + self._source.address, target + self._target.address, nbytes)
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.ENOSYS):
                     raise ReadFailed(f"a copy inside this process failed: {error}") from error
                 self._vectors = False  # a seccomp filter: one call a piece does the same, slower
-        addresses = ((target + self._target).tolist(), (source + self._source).tolist(), nbytes.tolist())
-        for to, begin, size in zip(*addresses, strict=True):
-            _memmove(to, begin, size)
+        return self._vectors
+
+
+def _table(region: Region, row: int) -> npt.NDArray[np.uint64]:
+    """The whole rows of a region. Words, because numpy lets other threads run while it copies numbers."""
+    memory = region.bytes()[: region.nbytes // row * row]
+    return np.frombuffer(memory, np.uint64).reshape(-1, row // 8)
 
 
 class Mover:
