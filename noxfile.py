@@ -209,6 +209,13 @@ def bench_kv(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def bench_gpu(session: nox.Session) -> None:
+    """KV between two processes' GPU memory: own kernel, torch, NIXL, the limit (on a GPU host, in its own python3)."""
+    # Torch and Triton are the host's or the image's: they fit its driver, and are in no lock file here.
+    session.run("python3", "benchmarks/gpu_paths.py", *session.posargs, env={"PYTHONUNBUFFERED": "1"}, external=True)
+
+
+@nox.session(default=False)
 def tests(session: nox.Session) -> None:
     """Everything above that tests, in order; stops a container engine that it had to start."""
     shutil.rmtree(REPORTS, ignore_errors=True)

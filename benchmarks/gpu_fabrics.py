@@ -178,6 +178,11 @@ class Side:
             best, rounds, total = max(best, REGION / took / 1e9), rounds + 1, total + took
         return {"gbs": best, "rounds": rounds, "digest": self.memory.digest()}
 
+    def spoil(self) -> Record:
+        """Write other bytes over the memory, so that the next read has to bring the right ones."""
+        self.memory.fill(SEED + 1)
+        return {}
+
     def copy(self) -> Record:
         """Measure the limit."""
         return {"gbs": self.memory.copy_gbs()}
