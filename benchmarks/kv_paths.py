@@ -18,6 +18,7 @@ each side).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -50,6 +51,8 @@ CASES = (
     ("random", 128 * KIB),
     ("random", 2048 * KIB),
 )
+# A method so many times slower than the limit moves in the first round only: nobody waits for the rest.
+SLOW = 25
 LIMIT = {"host": "memcpy", "tcp": "socket"}
 ENVIRONMENT = {
     "host": {"UCX_TLS": "tcp,cma,self", "UCX_NET_DEVICES": "lo"},
@@ -92,15 +95,43 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def measure(end: DecodeEnd, limit: str, tokens: int, rounds: int) -> list[Result]:
+class Priority:
+    """While it is entered, all threads of these processes go before all other work of the machine, in real time.
+
+    For a machine that others use meanwhile. A move is short, and thrice its time is left to the others after it.
+    """
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._pids = pids
+
+    def _schedule(self, policy: int, priority: int) -> None:
+        for pid in self._pids:
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setscheduler(int(task.name), policy, os.sched_param(priority))
+
+    def __enter__(self) -> None:
+        self._schedule(os.SCHED_RR, 1)
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._schedule(os.SCHED_OTHER, 0)
+        time.sleep(3 * (time.perf_counter() - self._began))
+
+
+def measure(
+    end: DecodeEnd, limit: str, tokens: int, rounds: int, priority: contextlib.AbstractContextManager[None]
+) -> list[Result]:
     """All methods over all rows of one context."""
     results = []
     for order, row in rows(tokens):
-        moves = {}
+        moves, warm = {}, {}
         for name, method in end.methods.items():
             moves[name] = method(row)
             end.pool[:] = 0
+            began = time.perf_counter()
             moves[name]()
+            warm[name] = time.perf_counter() - began
             if name not in (limit, "2 sockets") and (wrong := wrong_bytes(row, end.pool)):
                 raise SystemExit(
                     f"{name} moved {wrong} of {len(row.source)} blocks wrongly ({order}, {row.size} bytes)"
@@ -109,12 +140,15 @@ def measure(end: DecodeEnd, limit: str, tokens: int, rounds: int) -> list[Result
         names = list(moves)
         for turn in range(rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                began = time.perf_counter()
-                moves[name]()
-                seconds[name].append(time.perf_counter() - began)
+                if turn and warm[name] > SLOW * warm[limit]:
+                    continue
+                with priority:
+                    began = time.perf_counter()
+                    moves[name]()
+                    seconds[name].append(time.perf_counter() - began)
         found = {}
         for name, times in seconds.items():
-            ratios = [a / b for a, b in zip(seconds[limit], times, strict=True)]
+            ratios = [a / b for a, b in zip(seconds[limit], times, strict=False)]
             best = min(seconds[limit]) / min(times)
             found[name] = {"ratio": {**spread(ratios), "best": best}, "ms": spread([value * 1e3 for value in times])}
         results.append(
@@ -175,7 +209,7 @@ def _held(median: bool, best: bool) -> str:
     return "held  " if median else "(best)" if best else "MISSED"
 
 
-def decode(address: str, fabric: str, contexts: Sequence[int], rounds: int, threads: int) -> None:
+def decode(address: str, fabric: str, contexts: Sequence[int], rounds: int, threads: int, first: bool) -> None:
     """The measuring process: starts prefill, measures, sends its results to the one that asked."""
     with Client(address, authkey=os.environ["PAIR_AUTH"].encode()) as report:
         nbytes = 2 * max(contexts) * TOKEN_BYTES
@@ -195,10 +229,11 @@ def decode(address: str, fabric: str, contexts: Sequence[int], rounds: int, thre
         try:
             metadata = pipe.recv()
             end = DecodeEnd(nbytes, fabric, metadata, threads)
+            priority = Priority([os.getpid(), prefill.pid]) if first else contextlib.nullcontext()
             found = [
                 result
                 for tokens in contexts
-                for result in measure(end, LIMIT[fabric], tokens, rounds if tokens < 8192 else min(rounds, 5))
+                for result in measure(end, LIMIT[fabric], tokens, rounds if tokens < 8192 else min(rounds, 5), priority)
             ]
             report.send({"results": found, "notes": end.notes, "pages": metadata.get("pages")})
             report.recv()
@@ -217,13 +252,13 @@ def prefill(address: str, fabric: str, nbytes: int) -> None:
         pipe.poll(None)
 
 
-def run(fabric: str, contexts: Sequence[int], rounds: int, threads: int) -> Result:
+def run(fabric: str, contexts: Sequence[int], rounds: int, threads: int, first: bool) -> Result:
     """One fabric in processes of its own: UCX reads its environment once."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("UCX_", "NIXL_", "MC_"))}
     auth = secrets.token_hex(16)
     with Listener(authkey=auth.encode()) as listener:
         command = [sys.executable, "-m", "benchmarks.kv_paths", "--decode", str(listener.address), fabric]
-        command += [str(rounds), str(threads), *map(str, contexts)]
+        command += [str(rounds), str(threads), str(int(first)), *map(str, contexts)]
         quiet = {"PAIR_AUTH": auth, "GLOG_minloglevel": "2", "OPENBLAS_NUM_THREADS": "1"}
         process = subprocess.Popen(command, env=clean | ENVIRONMENT[fabric] | quiet)
         with listener.accept() as pipe:
@@ -241,14 +276,17 @@ def main() -> None:
     if sys.argv[1:2] == ["--prefill"]:
         return prefill(sys.argv[2], sys.argv[3], int(sys.argv[4]))
     if sys.argv[1:2] == ["--decode"]:
-        address, fabric, rounds, threads, *contexts = sys.argv[2:]
-        return decode(address, fabric, [int(tokens) for tokens in contexts], int(rounds), int(threads))
+        address, fabric, rounds, threads, first, *contexts = sys.argv[2:]
+        return decode(address, fabric, [int(n) for n in contexts], int(rounds), int(threads), first == "1")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="512 tokens only, 5 rounds")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192], help="lengths of context")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=THREADS, help="copying threads of the own paths")
     parser.add_argument("--fabric", choices=tuple(LIMIT), action="append")
+    parser.add_argument(
+        "--first", action="store_true", help="go before other work while a move is timed (root; for a busy machine)"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--html", type=Path, help="the same as one page with a picture")
     options = parser.parse_args()
@@ -258,7 +296,7 @@ def main() -> None:
         print(
             f"--- {fabric}: ratio to {LIMIT[fabric]} of the same bytes, median (min-max) of {rounds} rounds", flush=True
         )
-        found = run(fabric, contexts, rounds, options.threads)
+        found = run(fabric, contexts, rounds, options.threads, options.first)
         results += found["results"]
         notes += found["notes"]
         if found["pages"]:
@@ -267,6 +305,8 @@ def main() -> None:
             )
     load = os.getloadavg()[0]
     notes.append(f"{os.cpu_count()} cores, load {load:.1f} at the end, {options.threads} copying threads")
+    if options.first:
+        notes.append("moves were timed in real-time priority")
     text = "\n".join([*verdicts(results), *(f"note: {note}" for note in notes)])
     print(text)
     report = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "results": results, "notes": notes}

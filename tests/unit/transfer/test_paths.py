@@ -21,7 +21,7 @@ from path_pair import PATHS, Prefill, connect, identity
 
 from pdstack.transfer.errors import AuthenticationFailed, ChecksumMismatch, ReadFailed, TransferError
 from pdstack.transfer.paths import HASH_UNIT, CmaPeer, Region, SharedPeer, SharedPool, StreamExporter, copying
-from pdstack.transfer.paths.copying import LocalCopy, Mover, read_process
+from pdstack.transfer.paths.copying import LocalCopy, Mover, Vectors
 from pdstack.transfer.paths.shared import SEALS, SharedExporter, receive
 from pdstack.transfer.plan import Plan, blocks, merge, split
 from pdstack.transfer.roles import Role
@@ -375,7 +375,7 @@ def test_memory_that_ends_early_is_an_error_not_a_short_read() -> None:
     _libc.munmap(ctypes.c_void_p(address + 4096), ctypes.c_size_t(4096))
     target = np.zeros(8192, np.uint8)
     with pytest.raises(OSError) as failed:
-        read_process(os.getpid(), np.array([address]), np.array([target.ctypes.data]), np.array([8192]))
+        Vectors(os.getpid(), address, target.ctypes.data)(Plan(*np.array([[0], [0], [8192]])))(0, 1)
     assert failed.value.errno == errno.EFAULT
 
 
@@ -397,21 +397,40 @@ def test_one_thread_and_several_give_the_same() -> None:
 
 
 def test_where_seccomp_forbids_vectors_small_pieces_are_copied_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(*_: object) -> None:
-        raise PermissionError(errno.EPERM, "seccomp")
+    def forbidden(*_: object) -> int:
+        ctypes.set_errno(errno.EPERM)
+        return -1
 
-    monkeypatch.setattr(copying, "read_process", forbidden)
+    monkeypatch.setattr(copying, "_readv", forbidden)
     source, target = np.arange(4096, dtype=np.uint8), np.zeros(4096, np.uint8)
     copy = LocalCopy(Region.of(source), Region.of(target))
-    copy(np.array([0, 100]), np.array([50, 0]), np.array([10, 10]))
-    assert not copy._vectors
+    copy(Plan(*np.array([[100, 0], [0, 50], [10, 10]])))(0, 2)
     assert target[50:60].tolist() == list(range(10))
+    assert target[:10].tolist() == list(range(100, 110))
+    assert not copy._vectors
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_every_way_to_copy_gives_the_same(plan: Plan, threads: int) -> None:
+    source = np.random.default_rng(0).integers(0, 255, POOL, np.uint8)
+    target = np.full(POOL, 0xA5, np.uint8)
+    copy = LocalCopy(Region.of(source), Region.of(target), threads)
+    for way in (copy._one_by_one, copy._in_vectors, copy._rows):
+        target[:] = 0xA5
+        if len(plan) and (step := way(plan)) is not None:
+            middle = len(plan) // 2
+            step(0, middle)
+            step(middle, len(plan))
+            assert np.array_equal(target, wanted(plan, source)), way.__name__
+    assert copy._rows(PLANS["4 KiB"]) is not None
+    assert copy._rows(PLANS["short runs"]) is not None
 
 
 def test_no_thread_copies_after_an_error(prefill: Prefill) -> None:
     mover, calls = Mover(3), []
 
-    def broken(source: np.ndarray, _target: np.ndarray, _nbytes: np.ndarray) -> None:
+    def broken(begin: int, end: int) -> None:
         calls.append(threading.get_ident())
         if len(calls) == 2:
             raise ReadFailed("broken")
@@ -419,7 +438,7 @@ def test_no_thread_copies_after_an_error(prefill: Prefill) -> None:
 
     target = np.zeros(POOL, np.uint8)
     with pytest.raises(ReadFailed, match="broken"):
-        mover.move(PLANS["1 MiB"], broken, Region.of(target), True)
+        mover.move(PLANS["1 MiB"], lambda _pieces: broken, Region.of(target), True)
     seen = len(calls)
     time.sleep(0.05)
     assert len(calls) == seen

@@ -40,9 +40,13 @@ class Region(NamedTuple):
 
 def hash_pieces(memory: memoryview, offsets: Offsets, nbytes: Offsets) -> Hashes:
     """XXH3-64 of each piece of `memory`. Prefill's hashes of a split plan's sources equal decode's of its targets."""
+    return np.array(hash_spans(memory, offsets.tolist(), (offsets + nbytes).tolist()), np.uint64)
+
+
+def hash_spans(memory: memoryview, begins: list[int], ends: list[int]) -> list[int]:
+    """The same of the bytes from each of `begins` to each of `ends`."""
     # Maps of built-ins: with short pieces, a loop in Python would cost as much as the hashes.
-    parts = map(memory.__getitem__, map(slice, offsets.tolist(), (offsets + nbytes).tolist()))
-    return np.fromiter(map(xxhash.xxh3_64_intdigest, parts), np.uint64, len(offsets))
+    return list(map(xxhash.xxh3_64_intdigest, map(memory.__getitem__, map(slice, begins, ends))))
 
 
 class PathPeer(ABC):

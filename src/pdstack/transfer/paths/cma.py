@@ -16,8 +16,8 @@ from pathlib import Path
 from pdstack.transfer.backends.base import Exporter
 from pdstack.transfer.errors import ReadFailed
 from pdstack.transfer.paths.base import Hashes, PathPeer, Region
-from pdstack.transfer.paths.copying import THREADS, Mover, read_process
-from pdstack.transfer.plan import Offsets, Plan
+from pdstack.transfer.paths.copying import THREADS, Mover, Vectors
+from pdstack.transfer.plan import Plan
 
 
 def _started(pid: int) -> str:
@@ -74,6 +74,7 @@ class CmaPeer(PathPeer):
         except OSError as error:
             raise self._failed(error) from error
         self._target = target
+        self._copy = Vectors(self._pid, self._base, target.address)
         self._mover = Mover(threads)
 
     def read(self, plan: Plan, *, checksum: bool = True) -> Hashes | None:
@@ -89,9 +90,6 @@ class CmaPeer(PathPeer):
             # Its number may have passed to another process during the read: those bytes could be anyone's.
             raise self._failed(ProcessLookupError(errno.ESRCH, "it ended during the read"))
         return hashes
-
-    def _copy(self, source: Offsets, target: Offsets, nbytes: Offsets) -> None:
-        read_process(self._pid, source + self._base, target + self._target.address, nbytes)
 
     def _gone(self) -> bool:
         poller = select.poll()

@@ -295,7 +295,7 @@ class SharedPeer(PathPeer):
             os.close(fd)
         self._mapping.advise(mmap.MADV_HUGEPAGE)
         self._nbytes, self._target = nbytes, target
-        self._copy = LocalCopy(Region(self._mapping.address, nbytes), target)
+        self._copy = LocalCopy(Region(self._mapping.address, nbytes), target, threads)
         self._mover = Mover(threads)
 
     def read(self, plan: Plan, *, checksum: bool = True) -> Hashes | None:

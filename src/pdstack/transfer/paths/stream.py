@@ -60,9 +60,12 @@ _ENDED = (OSError, EOFError)
 
 
 def _receive(sock: socket.socket, nbytes: int) -> bytes:
-    data = sock.recv(nbytes, socket.MSG_WAITALL)
-    if len(data) != nbytes:
-        raise EOFError("the peer closed the stream, or stopped in the middle of a frame")
+    data = b""
+    while len(data) < nbytes:  # once, but for a peer that stops in the middle: then the next call says what it is
+        more = sock.recv(nbytes - len(data), socket.MSG_WAITALL)
+        if not more:
+            raise EOFError("the peer closed the stream")
+        data += more
     return data
 
 
@@ -323,7 +326,9 @@ class StreamPeer(PathPeer):
         errors = [error for share in shares if (error := share.exception()) is not None]
         if not errors:
             return hashes
-        first = next((error for error in errors if isinstance(error, TransferError)), errors[0])
+        # The share that failed first cut off the others, whose own errors say no more than that.
+        telling = (TransferError, BlockingIOError)
+        first = next((error for kind in telling for error in errors if isinstance(error, kind)), errors[0])
         self.close()
         if isinstance(first, TransferError):
             raise first
