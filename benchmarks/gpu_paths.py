@@ -185,7 +185,7 @@ class Decode:
             "kernel": (lambda: kernel(False), timed),
             "kernel+sum": (lambda: kernel(True), timed),
             "sum": (lambda: copy.sum_blocks(self.peer, s, size), timed),
-            "torch": (lambda: target.index_copy_(0, t, foreign.index_select(0, s)), timed),
+            "torch": (lambda: target.index_copy_(0, t.numbers, foreign.index_select(0, s.numbers)), timed),
             "copy host": (lambda: self.target.copy_(self.expected), clocked),
             "kernel host": (lambda: whole(False), clocked),
             "kernel+sum host": (lambda: whole(True), clocked),
@@ -197,7 +197,7 @@ class Decode:
             found.append(paths[name][0]())
             for low in range(0, count, max(1, count // 8)):
                 part = slice(low, low + max(1, count // 8))
-                if not torch.equal(target[t[part]], expected[s[part]]):
+                if not torch.equal(target[t.numbers[part]], expected[s.numbers[part]]):
                     raise SystemExit(f"{name} at {size} bytes: wrong bytes arrived")
         if int(found[1].sum()) != wanted:
             raise SystemExit(f"{size} bytes: the checksum is {int(found[1].sum())}, prefill says {wanted}")

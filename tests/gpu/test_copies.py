@@ -60,6 +60,31 @@ def test_both_sides_see_the_same_checksum_and_one_flipped_bit_changes_it() -> No
     assert list(np.flatnonzero(before != after)) == [4]
 
 
+def test_tables_and_pools_that_do_not_fit_are_refused_before_anything_is_queued() -> None:
+    a, b = device(random_pool(3, 9, 4096)), device(random_pool(4, 8, 4096))
+    nine, eight = copy.table(range(8), 9, "source"), copy.table(range(8), 8, "target")
+    with pytest.raises(LayoutMismatch, match="target pool has 32768 bytes: make the table for this pool"):
+        copy.copy_blocks(copy.pool_of(a), copy.pool_of(b), nine, nine, 4096, checksum=False)
+    with pytest.raises(LayoutMismatch, match="summed pool has"):
+        copy.sum_blocks(copy.pool_of(b), nine, 4096)
+    with pytest.raises(LayoutMismatch, match="7 source blocks for 8 target blocks"):
+        copy.copy_blocks(
+            copy.pool_of(a), copy.pool_of(b), copy.table(range(7), 9, "source"), eight, 4096, checksum=False
+        )
+    with pytest.raises(LayoutMismatch, match="multiple of 16"):
+        copy.copy_blocks(copy.pool_of(a), copy.pool_of(b), nine, eight, 4088, checksum=False)
+    with pytest.raises(LayoutMismatch, match="contiguous"):
+        copy.pool_of(a[:, :32])
+    with pytest.raises(LayoutMismatch, match="block 9 is outside"):
+        copy.table([9], 9, "source")
+    with pytest.raises(LayoutMismatch, match="named twice"):
+        copy.table([3, 3], 9, "target", unique=True)
+    assert (
+        copy.copy_blocks(copy.pool_of(a), copy.pool_of(b), *[copy.table([], 8, "none")] * 2, 4096, checksum=False)
+        is None
+    )
+
+
 def test_gather_then_scatter_is_a_copy_with_equal_checksums() -> None:
     pool, away = random_pool(4, 12, 8192), random_pool(5, 12, 8192)
     a, b, staging = device(pool), device(away), device(random_pool(6, 8, 8192))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdstack.transfer import KVLayout, LayoutMismatch
+from pdstack.transfer import KVLayout, LayoutMismatch, plan
 from pdstack.transfer.gpu import checksum, view
 
 STILL = settings(derandomize=True, deadline=None, max_examples=60)
@@ -99,6 +99,36 @@ def test_kv_moves_between_any_two_layouts_and_nothing_else_is_touched(
     sums = view.kv_sums(view.read_heads(here, target, t, region), region, group)
     assert np.array_equal(sums, view.kv_sums(heads, region, group))
     assert len(sums) == -(-tokens[1] // group)
+
+
+@STILL
+@given(layouts(), layouts(), st.permutations(plan.BLOCK_MAJOR), st.permutations(plan.BLOCK_MAJOR), st.data())
+def test_the_kernel_moves_what_a_transfer_plan_moves(
+    one: KVLayout, other: KVLayout, order: list[str], another: list[str], data: st.DataObject
+) -> None:
+    first = (data.draw(st.integers(0, other.num_layers - 1)), data.draw(st.integers(0, other.num_kv_heads - 1)))
+    shards = plan.Shard(one, tuple(order), *first), plan.Shard(other, tuple(another))
+    views = [view.of(shard) for shard in shards]
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    there, here = (rng.integers(0, 256, shard.nbytes, dtype=np.uint8) for shard in shards)
+    assert [part.nbytes for part in views] == [len(there), len(here)]
+    s, t = rng.permutation(one.num_blocks), rng.permutation(other.num_blocks)
+    tokens = min(one.num_blocks * one.block_size, other.num_blocks * other.block_size)
+    skip = data.draw(st.integers(0, tokens - 1))
+    region = view.shared(*views, (skip, tokens))
+    planned = here.copy()
+    for source, target, nbytes in zip(
+        *extents(plan.slices(shards[0], s, shards[1], t, tokens, skip=skip)), strict=True
+    ):
+        planned[target : target + nbytes] = there[source : source + nbytes]
+    view.write_heads(here, views[1], t, region, view.read_heads(there, views[0], s, region))
+    assert np.array_equal(here, planned)
+
+
+def extents(found: plan.Plan) -> tuple[list[int], list[int], list[int]]:
+    # Cut as the kernel's pieces are.
+    source, target, nbytes = view.cut(found.source, found.target, found.nbytes, 48)
+    return source.tolist(), target.tolist(), nbytes.tolist()
 
 
 def test_checksums_of_slices_add_up_to_those_of_the_whole() -> None:

@@ -10,6 +10,7 @@ but its length is bounded: it waits for nobody.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,35 +49,68 @@ def pool_of(tensor: Any) -> Pool:
     return pool
 
 
-def table(blocks: npt.ArrayLike, num_blocks: int, what: str, *, unique: bool = False) -> Any:
-    """Check block numbers and put them on the device, int64. Raises :class:`LayoutMismatch`."""
+@dataclass(frozen=True)
+class Table:
+    """Block numbers on the device, int64[n], all of them below `limit`: the kernel itself checks nothing."""
+
+    numbers: Any
+    limit: int
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+def table(blocks: npt.ArrayLike, num_blocks: int, what: str, *, unique: bool = False) -> Table:
+    """Check block numbers of a pool of `num_blocks` and put them on the device. Raises :class:`LayoutMismatch`.
+
+    Pass `unique` for blocks that are written: two copies would race for one that is named twice.
+    """
     wanted = np.array(blocks, dtype=np.int64)
     views.check_blocks(wanted, num_blocks, what, unique=unique)
-    return _upload(wanted)
+    return Table(_upload(wanted), num_blocks)
+
+
+def _places(count: int) -> Table:
+    needs = gpu()
+    return Table(needs.torch.arange(count, device=needs.device), count)
 
 
 def _upload(numbers: npt.NDArray[np.int64]) -> Any:
-    """Queue the numbers on their way to the GPU, from pinned memory: from other memory the host waits for the stream."""
+    """Queue the numbers' copy to the GPU, from pinned memory: from other memory the host would wait for the stream."""
     needs = gpu()
     there = needs.torch.from_numpy(numbers)
     return there if needs.device == "cpu" else there.pin_memory().to(needs.device, non_blocking=True)
 
 
 def copy_blocks(
-    source: Pool, target: Pool, sources: Any, targets: Any, block_bytes: int, *, checksum: bool, first: int = 0
+    source: Pool, target: Pool, sources: Table, targets: Table, block_bytes: int, *, checksum: bool, first: int = 0
 ) -> Any:
     """Copy block `sources[i]` to `targets[i]`; return int64[n] checksums (:func:`checksum.block_sums`), or None.
 
-    `sources` and `targets` come from :func:`table`. `first` is the place in the request of the list's first block.
+    `first` is the place in the request of the list's first block. Raises :class:`LayoutMismatch` if a table is of a
+    pool larger than the one given.
     """
+    _inside(source, sources, block_bytes, "source")
+    _inside(target, targets, block_bytes, "target")
     return _extents(
-        source, target, sources, targets, None, block_bytes, block_bytes, first, copy=True, checksum=checksum
-    )
+        source, target, sources.numbers, targets.numbers, None, block_bytes, block_bytes, first,
+        copy=True, checksum=checksum,
+    )  # fmt: skip
 
 
-def sum_blocks(pool: Pool, blocks: Any, block_bytes: int, *, first: int = 0) -> Any:
+def _inside(pool: Pool, blocks: Table, block_bytes: int, what: str) -> None:
+    if blocks.limit * block_bytes > pool.nbytes:
+        raise LayoutMismatch(
+            f"the {what} blocks are of a pool of {blocks.limit} blocks of {block_bytes} bytes, the {what} pool has "
+            f"{pool.nbytes} bytes: make the table for this pool"
+        )
+
+
+def sum_blocks(pool: Pool, blocks: Table, block_bytes: int, *, first: int = 0) -> Any:
     """Return int64[n]: the checksums of blocks where they lie. What prefill puts into its ticket."""
-    return _extents(pool, pool, blocks, blocks, None, block_bytes, block_bytes, first, copy=False, checksum=True)
+    _inside(pool, blocks, block_bytes, "summed")
+    numbers = blocks.numbers
+    return _extents(pool, pool, numbers, numbers, None, block_bytes, block_bytes, first, copy=False, checksum=True)
 
 
 def copy_extents(
@@ -102,18 +136,16 @@ def copy_extents(
     _extents(source, target, s, t, n, PIECE, 8, 0, copy=True, checksum=False)
 
 
-def gather(pool: Pool, blocks: Any, block_bytes: int, staging: Pool, *, checksum: bool, first: int = 0) -> Any:
+def gather(pool: Pool, blocks: Table, block_bytes: int, staging: Pool, *, checksum: bool, first: int = 0) -> Any:
     """Collect blocks into one run at the start of `staging`, which then leaves this host as one message."""
     _room(staging, len(blocks), block_bytes)
-    places = gpu().torch.arange(len(blocks), device=blocks.device)
-    return copy_blocks(pool, staging, blocks, places, block_bytes, checksum=checksum, first=first)
+    return copy_blocks(pool, staging, blocks, _places(len(blocks)), block_bytes, checksum=checksum, first=first)
 
 
-def scatter(staging: Pool, pool: Pool, blocks: Any, block_bytes: int, *, checksum: bool, first: int = 0) -> Any:
+def scatter(staging: Pool, pool: Pool, blocks: Table, block_bytes: int, *, checksum: bool, first: int = 0) -> Any:
     """Spread the run at the start of `staging` over `blocks`; the checksums are of what arrived in staging."""
     _room(staging, len(blocks), block_bytes)
-    places = gpu().torch.arange(len(blocks), device=blocks.device)
-    return copy_blocks(staging, pool, places, blocks, block_bytes, checksum=checksum, first=first)
+    return copy_blocks(staging, pool, _places(len(blocks)), blocks, block_bytes, checksum=checksum, first=first)
 
 
 def _room(staging: Pool, count: int, block_bytes: int) -> None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pdstack.transfer.errors import LayoutMismatch
 from pdstack.transfer.gpu import checksum
 from pdstack.transfer.layout import KVLayout
+from pdstack.transfer.plan import LAYER_MAJOR, Shard
 
 # What one thread loads at once; a head's elements and every stride are whole numbers of it.
 ALIGN = 16
@@ -65,29 +66,24 @@ class KVView:
         return replace(self, first_layer=first_layer, first_head=first_head)
 
 
+def of(shard: Shard) -> KVView:
+    """Return the view of a pool as transfer plans describe it: any order of its axes, any slice of the model."""
+    step = shard.strides()
+    layout = shard.layout
+    return KVView(
+        layout.num_blocks, layout.block_size, layout.num_layers, layout.num_kv_heads, shard.head_bytes,
+        step["block"], step["layer"], step["kv"], step["token"], step["head"], shard.first_layer, shard.first_head,
+    )  # fmt: skip
+
+
 def block_major(layout: KVLayout) -> KVView:
     """Return the view of pdstack's own pool: block, layer, kv, token, head, dim."""
-    head = layout.head_dim * np.dtype(layout.dtype).itemsize
-    token = head * layout.num_kv_heads
-    kv = token * layout.block_size
-    return KVView(
-        layout.num_blocks, layout.block_size, layout.num_layers, layout.num_kv_heads, head,
-        block_stride=2 * kv * layout.num_layers, layer_stride=2 * kv, kv_stride=kv, token_stride=token,
-        head_stride=head,
-    )  # fmt: skip
+    return of(Shard(layout))
 
 
 def layer_major(layout: KVLayout, *, heads_first: bool = False) -> KVView:
     """Return the view of a pool with one tensor a layer: layer, kv, block, token, head, dim (or head, token, dim)."""
-    head = layout.head_dim * np.dtype(layout.dtype).itemsize
-    token = head if heads_first else head * layout.num_kv_heads
-    block = head * layout.num_kv_heads * layout.block_size
-    kv = block * layout.num_blocks
-    return KVView(
-        layout.num_blocks, layout.block_size, layout.num_layers, layout.num_kv_heads, head,
-        block_stride=block, layer_stride=2 * kv, kv_stride=kv, token_stride=token,
-        head_stride=head * layout.block_size if heads_first else head,
-    )  # fmt: skip
+    return of(Shard(layout, ("layer", "kv", "block", "head", "token") if heads_first else LAYER_MAJOR))
 
 
 @dataclass(frozen=True)
