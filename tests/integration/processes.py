@@ -46,7 +46,7 @@ class Ports:
         raise RuntimeError(f"no free port left in {PORTS}")
 
 
-def wait_for(what: str, condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+def wait_for(what: str, condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     """Poll until `condition` gives something true and return that; AssertionError with `what` otherwise."""
     deadline = time.monotonic() + timeout_s
     last: Any = None
@@ -287,10 +287,10 @@ class Stack:
         worker = Worker(name, role, program, f"http://127.0.0.1:{port}", config)
         self.workers[name] = worker
         if wait:
-            wait_for(f"{name} is ready", worker.ready, 30.0)
+            wait_for(f"{name} is ready", worker.ready, 90.0)
         return worker
 
-    def wait_serving(self, timeout_s: float = 20.0) -> None:
+    def wait_serving(self, timeout_s: float = 60.0) -> None:
         """Wait for a real answer: the list of models alone does not prove that requests work."""
         wait_for(
             "the frontend answers a request", lambda: self.complete("hello", max_tokens=1).status == 200, timeout_s

@@ -32,6 +32,10 @@ def tokens(stack: Stack, answer: Completion) -> list[int]:
     raise AssertionError(f"no worker remembers {answer.request_id}")
 
 
+def nothing_in_flight(stack: Stack) -> bool:
+    return all(worker.metrics()["pdstack_requests_in_flight"] == 0 for worker in stack.workers.values())
+
+
 def pools_are_empty(stack: Stack) -> bool:
     return all(worker.used_blocks() == 0 for worker in stack.workers.values())
 
@@ -116,10 +120,11 @@ def test_client_that_leaves_frees_its_blocks(stack: Stack) -> None:
     assert stack.workers["decode-0"].used_blocks() > 0
     before = stack.workers["decode-0"].metrics().get('pdstack_requests_total{outcome="cancelled"}', 0)
     lines.close()
-    wait_for("all blocks are free", lambda: pools_are_empty(stack), 5.0)
+    wait_for("all blocks are free", lambda: pools_are_empty(stack), 20.0)
+    # The blocks are free a moment before the request has ended.
+    wait_for("no request is in flight", lambda: nothing_in_flight(stack))
     metrics = stack.workers["decode-0"].metrics()
     assert metrics['pdstack_requests_total{outcome="cancelled"}'] == before + 1
-    assert metrics["pdstack_requests_in_flight"] == 0
 
 
 def test_many_clients_that_leave_at_any_moment(stack: Stack) -> None:
@@ -136,9 +141,8 @@ def test_many_clients_that_leave_at_any_moment(stack: Stack) -> None:
 
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(visit, range(60)))
-    wait_for("all blocks are free", lambda: pools_are_empty(stack), 10.0)
-    for worker in stack.workers.values():
-        assert worker.metrics()["pdstack_requests_in_flight"] == 0
+    wait_for("all blocks are free", lambda: pools_are_empty(stack), 30.0)
+    wait_for("no request is in flight", lambda: nothing_in_flight(stack))
     assert tokens(stack, stack.complete(prompt(5), max_tokens=3, ignore_eos=True))
 
 

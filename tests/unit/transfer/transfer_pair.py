@@ -97,7 +97,7 @@ class Agent:
         self.pipe.close()
 
 
-def until(condition: Callable[[], Any], what: str, timeout_s: float = 15.0) -> Any:
+def until(condition: Callable[[], Any], what: str, timeout_s: float = 45.0) -> Any:
     """The first true value of `condition`."""
     limit = time.monotonic() + timeout_s
     while time.monotonic() < limit:
