@@ -40,6 +40,7 @@ from pdstack.transfer.errors import (
     Refused,
     TransferError,
 )
+from pdstack.transfer.paths import vectored
 from pdstack.transfer.paths.base import HASH_UNIT, Hashes, PathPeer, Region, hash_pieces
 from pdstack.transfer.plan import Offsets, Plan, split
 from pdstack.transfer.roles import Role
@@ -50,9 +51,8 @@ STREAMS = 2
 # A request fits the socket buffers of both ends, so that two of them never make both ends wait for each other.
 _MAX_EXTENTS = 2048
 _MAX_REQUEST = 16 << 20
-# The kernel's limit on vectors a call, less one for the header; and what is hashed before it is sent, while it is in
-# the cache.
-_MAX_VECTORS = 1023
+# One call's vectors, less one for the header; and what is hashed before it is sent, while it is in the cache.
+_MAX_VECTORS = vectored.MAX_VECTORS - 1
 _GROUP = 2 << 20
 _MAX_HEADER = 4096
 _MAX_CONNECTIONS = 64
@@ -132,37 +132,6 @@ def _count(message: Message, kind: str, most: int) -> int:
     return number
 
 
-def _views(memory: memoryview, offsets: Offsets, nbytes: Offsets) -> list[memoryview]:
-    ends = (offsets + nbytes).tolist()
-    return [memory[begin:end] for begin, end in zip(offsets.tolist(), ends, strict=True)]
-
-
-def _advance(views: list[memoryview], done: int) -> list[memoryview]:
-    """What is left of `views` after their first `done` bytes."""
-    for index, view in enumerate(views):
-        if done < len(view):
-            return [view[done:], *views[index + 1 :]]
-        done -= len(view)
-    return []
-
-
-def _send_all(sock: socket.socket, views: list[memoryview], nbytes: int) -> None:
-    while sent := sock.sendmsg(views):
-        nbytes -= sent
-        if not nbytes:  # nearly always at once, so that the list is not walked again
-            return
-        views = _advance(views, sent)
-
-
-def _receive_all(sock: socket.socket, views: list[memoryview], nbytes: int) -> None:
-    while got := sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]:
-        nbytes -= got
-        if not nbytes:
-            return
-        views = _advance(views, got)
-    raise EOFError("the peer closed the stream")
-
-
 def _group_hash(hashes: Hashes) -> str:
     return str(xxhash.xxh3_64_hexdigest(hashes.tobytes()))
 
@@ -232,10 +201,10 @@ class StreamExporter(Exporter):
     def _answer(self, sock: socket.socket, seal: Seal) -> None:
         message = seal.check(_receive_frame(sock, _MAX_HEADER))
         number = _count(message, "read", _MAX_EXTENTS)
-        body = _receive(sock, number * 16)
-        if hashlib.sha256(body).hexdigest() != message.get("digest"):
+        request = _receive(sock, number * 16)
+        if hashlib.sha256(request).hexdigest() != message.get("digest"):
             raise AuthenticationFailed("a read request was altered on its way")
-        offsets, nbytes = np.frombuffer(body, "<i8").reshape(number, 2).T.astype(np.int64)
+        offsets, nbytes = np.frombuffer(request, "<i8").reshape(number, 2).T.astype(np.int64)
         # Compared without adding: a forged size must not wrap around.
         if offsets.min() < 0 or nbytes.min() < 1 or np.any(nbytes > self._pool.nbytes - offsets):
             raise ProtocolError(f"a read leaves the pool of {self._pool.nbytes} bytes")
@@ -248,9 +217,10 @@ class StreamExporter(Exporter):
             header: dict[str, Any] = {"type": "data", "extents": end - begin}
             if hashed:
                 header["hash"] = _group_hash(hash_pieces(self._memory, offsets[mine], nbytes[mine]))
-            head = memoryview(encode(seal.sign(header), _MAX_HEADER))
-            views = [head, *_views(self._memory, offsets[mine], nbytes[mine])]
-            _send_all(sock, views, len(head) + int(nbytes[mine].sum()))
+            head = np.frombuffer(encode(seal.sign(header), _MAX_HEADER), np.uint8)
+            first = np.array([[head.ctypes.data, len(head)]], np.uint64)
+            body = vectored.vectors_of(self._pool.address, offsets[mine], nbytes[mine])
+            vectored.send(sock, np.concatenate((first, body)))
             begin = end
 
     def close(self) -> None:
@@ -367,7 +337,7 @@ class StreamPeer(PathPeer):
             message = seal.check(_receive_frame(sock, _MAX_HEADER))
             end = begin + _count(message, "data", min(_MAX_VECTORS, request.stop - begin))
             offsets, nbytes = pieces.target[begin:end], pieces.nbytes[begin:end]
-            _receive_all(sock, _views(self._memory, offsets, nbytes), int(nbytes.sum()))
+            vectored.receive(sock, vectored.vectors_of(self._target.address, offsets, nbytes))
             if hashes is not None:
                 hashes[begin:end] = hash_pieces(self._memory, offsets, nbytes)
                 if message.get("hash") != _group_hash(hashes[begin:end]):
