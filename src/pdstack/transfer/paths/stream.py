@@ -50,10 +50,11 @@ _log = logging.getLogger(__name__)
 STREAMS = 2
 # A request fits the socket buffers of both ends, so that two of them never make both ends wait for each other.
 _MAX_EXTENTS = 2048
-_MAX_REQUEST = 16 << 20
+_MAX_REQUEST = 64 << 20
 # One call's vectors, less one for the header; and what is hashed before it is sent, while it is in the cache.
 _MAX_VECTORS = vectored.MAX_VECTORS - 1
 _GROUP = 2 << 20
+_UNHASHED_GROUP = 16 << 20
 _MAX_HEADER = 4096
 _MAX_CONNECTIONS = 64
 _ENDED = (OSError, EOFError)
@@ -136,9 +137,9 @@ def _group_hash(hashes: Hashes) -> str:
     return str(xxhash.xxh3_64_hexdigest(hashes.tobytes()))
 
 
-def _group_ends(nbytes: Offsets) -> list[int]:
-    """Indices that cut extents into groups of about `_GROUP` bytes and no more vectors than a call takes."""
-    share = (np.cumsum(nbytes) - 1) // _GROUP
+def _group_ends(nbytes: Offsets, most: int) -> list[int]:
+    """Indices that cut extents into groups of about `most` bytes and no more vectors than a call takes."""
+    share = (np.cumsum(nbytes) - 1) // most
     vectors = np.arange(len(nbytes)) // _MAX_VECTORS
     return [*(np.flatnonzero(np.diff(share) | np.diff(vectors)) + 1).tolist(), len(nbytes)]
 
@@ -212,7 +213,7 @@ class StreamExporter(Exporter):
             raise ProtocolError("a read is larger than one request may be")
         hashed = message.get("checksum") is True
         begin = 0
-        for end in _group_ends(nbytes):
+        for end in _group_ends(nbytes, _GROUP if hashed else _UNHASHED_GROUP):
             mine = slice(begin, end)
             header: dict[str, Any] = {"type": "data", "extents": end - begin}
             if hashed:
