@@ -9,6 +9,7 @@ import json
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from tests.integration.conftest import MakeStack
 from tests.integration.processes import Coordination, Stack, wait_for
@@ -22,12 +23,12 @@ def text_of(lines: list[str]) -> str:
     return "".join(chunk["choices"][0]["text"] for chunk in chunks)
 
 
-def two_decodes(make_stack: MakeStack) -> Stack:
+def two_decodes(make_stack: MakeStack, **changes: Any) -> Stack:
     stack = make_stack()
     stack.start_frontend("--enforce-disagg")
     stack.start_worker("prefill-0", "prefill", wait=False)
-    stack.start_worker("decode-0", "decode", wait=False)
-    stack.start_worker("decode-1", "decode")
+    stack.start_worker("decode-0", "decode", wait=False, **changes)
+    stack.start_worker("decode-1", "decode", **changes)
     for worker in stack.workers.values():
         wait_for(f"{worker.name} is ready", worker.ready)
     stack.wait_serving()
@@ -126,8 +127,20 @@ def test_draining_is_bounded(make_stack: MakeStack) -> None:
     seen += list(lines)
     assert decode.program.wait() == 0
     assert "are still in flight: cut" in decode.program.text()
-    print("client of a decode worker that ran out of time saw:", seen[-3:])
-    assert "event: error" in seen
+    assert seen[-3:] == ["event: error", ": Stream ended before generation completed", "data: [DONE]"]
+
+
+def test_what_is_cut_by_the_end_of_draining_goes_on_elsewhere(make_stack: MakeStack) -> None:
+    stack = two_decodes(make_stack, drain_timeout_s=0.1)
+    undisturbed = list(stack.stream(prompt(64), max_tokens=LONG, ignore_eos=True))
+    lines = stack.stream(prompt(64), max_tokens=LONG, ignore_eos=True)
+    seen = [next(lines) for _ in range(5)]
+    leaving = stack.workers[busy(stack)]
+    leaving.program.send(signal.SIGTERM)
+    seen += list(lines)
+    assert leaving.program.wait() == 0
+    assert "are still in flight: cut" in leaving.program.text()
+    assert text_of(seen) == text_of(undisturbed)
 
 
 def test_stopped_prefill_leaves_cleanly(make_stack: MakeStack) -> None:

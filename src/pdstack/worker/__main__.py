@@ -39,8 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"pdstack.worker: {error}\n")
         return EXIT_CONFIG
     set_environment(config.etcd_endpoints, config.nats_server)
+    # Not asyncio.run, whose end cancels what Dynamo still streams: a cancelled stream ends with an error, a broken one
+    # goes on on another worker.
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
     try:
-        return asyncio.run(_run(config))
+        return loop.run_until_complete(_run(config))
     except (OSError, ValueError, RuntimeError, TransferError) as error:
         # Model, cluster key, backend or port: the text says all. The traceback is there with PDSTACK_LOG=DEBUG.
         log.error("worker %s cannot run: %s: %s", config.name, type(error).__name__, error)

@@ -235,6 +235,7 @@ class Worker:
         await asyncio.sleep(LINGER_S)
 
     async def _leave(self) -> None:
+        self.jobs.abandon()
         await self.status.close()
         if self.agent is not None:
             await self.agent.close()

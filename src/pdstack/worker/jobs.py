@@ -28,6 +28,10 @@ class Cancelled(Exception):
     """The client went away; nobody is left to answer."""
 
 
+class Interrupted(Exception):
+    """The worker was stopped before the answer was whole."""
+
+
 class Job:
     """One attempt to serve a request.
 
@@ -76,6 +80,15 @@ class Jobs:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
+        self._abandoned = False
+
+    def abandon(self) -> None:
+        """Leave what is in flight without an end: Dynamo then sees a broken stream, and moves it or says so.
+
+        To be called when the process ends. The end of a generator would pass for a whole answer, and an error of
+        ours would keep the request from going on elsewhere.
+        """
+        self._abandoned = True
 
     @property
     def in_flight(self) -> int:
@@ -125,6 +138,9 @@ class Jobs:
             outcome = "ok"
         except (Cancelled, RequestCancelled):
             outcome = "cancelled"
+        except asyncio.CancelledError:
+            job.problem = Interrupted(f"request {job.request_id}: the worker was stopped before the answer was whole")
+            raise
         except refusals as error:
             outcome, job.problem = "refused", error
             log.warning("request %s refused: %s", job.request_id, error)
@@ -135,7 +151,8 @@ class Jobs:
         finally:
             watch.cancel()
             self._finish(job, "cancelled" if job.cancelled else outcome)
-            job.items.put_nowait(None)
+            if not self._abandoned:
+                job.items.put_nowait(None)
 
     async def _watch(self, job: Job, context: Any, on_cancel: Callable[[Job], None]) -> None:
         with suppress(asyncio.CancelledError):

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from pdstack.worker.finished import FinishedRequests
-from pdstack.worker.jobs import Job, Jobs
+from pdstack.worker.jobs import Interrupted, Job, Jobs
 from pdstack.worker.metrics import WorkerMetrics
 
 
@@ -153,5 +153,40 @@ def test_two_attempts_of_one_request_have_different_keys() -> None:
         for _ in range(2):
             assert [item async for item in bench.serve(Context("same"), work)] == []
         assert keys == ["same#1", "same#2"]
+
+    asyncio.run(scenario())
+
+
+async def never_ends(job: Job) -> None:
+    job.give([5], None)
+    await asyncio.Event().wait()
+
+
+def test_an_answer_that_is_cut_never_looks_whole() -> None:
+    async def scenario() -> None:
+        bench = Bench()
+        items = bench.serve(Context(), never_ends)
+        assert await anext(items) == {"token_ids": [5]}
+        for task in bench.jobs._tasks.values():
+            task.cancel()  # as asyncio does when the process ends
+        with pytest.raises(Interrupted):
+            await anext(items)
+
+    asyncio.run(scenario())
+
+
+def test_an_abandoned_stream_has_no_end() -> None:
+    async def fails(job: Job) -> None:
+        job.give([5], None)
+        raise RuntimeError("the engine was stopped")
+
+    async def scenario() -> None:
+        bench = Bench()
+        items = bench.serve(Context(), fails)
+        bench.jobs.abandon()
+        assert await anext(items) == {"token_ids": [5]}
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(items), 0.05)
+        assert bench.jobs.in_flight == 0
 
     asyncio.run(scenario())
