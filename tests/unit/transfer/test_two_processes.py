@@ -98,7 +98,8 @@ def test_kill_of_prefill_in_the_middle_of_a_read(start: Start, backend: str) -> 
     began = time.monotonic()
     prefill.kill()
     outcome = decode.call("end_fetch", "big")
-    assert outcome.get("error") == "PeerUnreachable", outcome
+    # Who hears of it first, the control connection or the read, is a race.
+    assert outcome.get("error") in ("PeerUnreachable", "ReadFailed"), outcome
     assert time.monotonic() - began < 10, "the loss was found by waiting, not by the closed connection"
     decode.call("settled", "big")
     assert decode.call("stats")["quarantined_blocks"] == 0
