@@ -1,0 +1,172 @@
+"""The qualification as its user runs it: real processes, real paths, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import time
+from base64 import b64encode
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdstack.transfer.qualify.__main__ import main, nbytes
+from pdstack.transfer.qualify.control import End, EndFailed, Wish, _Agent, _path, local, qualify
+from pdstack.transfer.roles import Role
+
+SMALL = ["--local", "--bytes", "1M", "--sizes", "4K", "64K", "--rounds", "2"]
+WISH = Wish(("shared", "cma", "stream"), (4096,), 1 << 20, 2, 20)
+
+
+def test_every_pair_over_every_own_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, html = tmp_path / "out.json", tmp_path / "out.html"
+    files = ["--json", str(out), "--html", str(html)]
+    words = [*SMALL, "--prefill", "2", "--decode", "2", "--backend", "none", "--want", "shared"]
+    assert main([*words, *files]) == 0
+    result = json.loads(out.read_text())
+    assert [(pair["prefill"], pair["decode"]) for pair in result["pairs"]] == [
+        (f"prefill-{p}", f"decode-{d}") for p in range(2) for d in range(2)
+    ]
+    for pair in result["pairs"]:
+        assert [(one["path"], one["error"], one["wrong"]) for one in pair["paths"]] == [
+            (path, None, 0) for path in ("shared", "cma", "stream")
+        ]
+        assert all(len(one["sizes"]) == 2 for one in pair["paths"])
+        assert pair["one_host"] and pair["transport"] == "shared" and pair["worst_ratio"] > 0
+    assert "prefill-1 > decode-1" in capsys.readouterr().out and "<svg" in html.read_text()
+    assert main([*SMALL, "--path", "shared", "--compare", str(out), "--regression", "0.999"]) == 0
+
+
+def test_below_the_floor_is_exit_1_with_the_pair(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--path", "shared", "--floor", "1000"]) == 1
+    assert "FAILED prefill-0 > decode-0: found" in capsys.readouterr().out
+
+
+def test_ucx_on_another_transport_is_exit_1_with_its_cause(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("UCX_TLS", "tcp,self")
+    monkeypatch.setenv("UCX_NET_DEVICES", "lo")
+    assert main([*SMALL, "--path", "ucx", "--want", "cma"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED prefill-0 > decode-0: found tcp (path ucx) carries KV; wanted cma" in out
+    assert "cause: UCX_TLS: decode has UCX_TLS=tcp,self, which leaves out cma" in out
+
+
+@pytest.mark.parametrize("backend", ["ucx", "nixl"])
+def test_a_backend_is_measured_over_cma(backend: str) -> None:
+    (pair,) = qualify(
+        [local(Role.PREFILL, 0)],
+        [local(Role.DECODE, 0)],
+        Wish((backend,), (4096, 65536), 1 << 20, 2, 30),
+        {**os.environ, "UCX_TLS": "tcp,cma,self", "UCX_NET_DEVICES": "lo"},
+    )
+    (found,) = pair.paths
+    assert (found.error, found.wrong, found.transport, len(found.sizes)) == (None, 0, "cma", 2)
+
+
+@pytest.fixture
+def agents() -> Iterator[tuple[_Agent, _Agent]]:
+    key = secrets.token_hex(32)
+    found = tuple(_Agent(local(role, 0), role, 1, key, WISH, os.environ) for role in (Role.PREFILL, Role.DECODE))
+    for agent in found:
+        agent.ready()
+    yield found[0], found[1]
+    for agent in found:
+        agent.close()
+
+
+def pid(agent: _Agent) -> int:
+    return agent.facts().pid
+
+
+def test_the_bytes_of_another_pool_are_found_wrong(agents: tuple[_Agent, _Agent]) -> None:
+    source, target = agents
+    source.owner = 2  # decode now looks for another prefill's bytes than it gets
+    found = _path(source, target, "shared", WISH)
+    assert found.error is None and found.wrong == 2 * 256 and not found.usable
+
+
+def test_a_prefill_that_died_is_named_and_started_again(agents: tuple[_Agent, _Agent]) -> None:
+    source, target = agents
+    request = {"do": "measure", "path": "cma", "owner": 1, "sizes": (4096,), "rounds": 2}
+    request |= {"metadata": source.opened["metadata"]["cma"], "limit": source.opened["limit"]}
+    old = pid(source)
+    os.kill(old, signal.SIGKILL)
+    assert source._end is not None
+    while source._end.alive:
+        time.sleep(0.01)
+    assert "is gone" in target.ready().ask(request, 20)["error"]
+    assert _path(source, target, "cma", WISH).usable
+    assert pid(source) != old
+
+
+def test_a_frozen_end_costs_its_time_and_no_more(agents: tuple[_Agent, _Agent]) -> None:
+    source, target = agents
+    old = pid(source), pid(target)
+    os.kill(old[1], signal.SIGSTOP)
+    quick = Wish(WISH.paths, WISH.sizes, WISH.nbytes, WISH.rounds, 0.5)
+    found = _path(source, target, "shared", quick)
+    assert found.error == "decode-0 did not answer 'measure' within 0.5 s: ended it"
+    assert _path(source, target, "shared", WISH).usable
+    assert pid(target) != old[1] and pid(source) == old[0]
+
+
+def test_a_path_that_prefill_could_not_open_tells_why(agents: tuple[_Agent, _Agent]) -> None:
+    source, target = agents
+    source.opened["metadata"].pop("shared")
+    source.opened["refused"]["shared"] = "no memfd here"
+    assert _path(source, target, "shared", WISH).error == "prefill-0: no memfd here"
+
+
+def test_garbage_metadata_is_a_result_and_not_a_crash(agents: tuple[_Agent, _Agent]) -> None:
+    source, target = agents
+    for path in WISH.paths:
+        source.opened["metadata"][path] = b64encode(b"{}").decode()
+        assert "cannot be read" in str(_path(source, target, path, WISH).error)
+    assert target.ready().alive
+
+
+def test_a_request_that_makes_no_sense_is_answered(agents: tuple[_Agent, _Agent]) -> None:
+    requests: list[dict[str, Any]] = [
+        {"do": "nothing"},
+        {"do": "measure"},
+        {"do": "open", "role": "prefill", "paths": ["pigeon"]},
+        {"do": "open", "role": "decode"},
+    ]
+    end = agents[0].ready()
+    for request in requests:
+        with pytest.raises(EndFailed, match="prefill-0 could not"):
+            end.ask(request, 20)
+    assert end.alive
+
+
+def test_an_end_that_cannot_start_is_named() -> None:
+    end = End("prefill-9", ("/bin/false",), os.environ)
+    with pytest.raises(EndFailed, match=r"prefill-9 ended with exit code 1 at 'open'"):
+        end.ask({"do": "open"}, 10)
+    end.close()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--local", "--prefill", "0"],
+        ["--local", "--sizes", "12"],
+        [*SMALL, "--bytes", "5000"],
+        [*SMALL, "--bytes", "x"],
+    ],
+)
+def test_a_wrong_command_line_is_exit_2(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+
+
+def test_sizes_are_read_as_people_write_them() -> None:
+    assert [nbytes(text) for text in ("4096", "32K", "2M", "1G", "4KiB")] == [4096, 32 << 10, 2 << 20, 1 << 30, 4096]
