@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import secrets
@@ -16,6 +17,7 @@ import pytest
 
 from pdstack.transfer.qualify.__main__ import main, nbytes
 from pdstack.transfer.qualify.control import End, EndFailed, Wish, _Agent, _path, local, qualify
+from pdstack.transfer.qualify.result import Demand, judge
 from pdstack.transfer.roles import Role
 
 SMALL = ["--local", "--bytes", "1M", "--sizes", "4K", "64K", "--rounds", "2"]
@@ -69,6 +71,19 @@ def test_a_backend_is_measured_over_cma(backend: str) -> None:
     assert (found.error, found.wrong, found.transport, len(found.sizes)) == (None, 0, "cma", 2)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make namespaces")
+@pytest.mark.parametrize(
+    ("kind", "flags", "wanted"), [("pid", ("--pid", "--fork"), "cma"), ("net", ("--net",), "shared")]
+)
+def test_a_namespace_of_its_own_is_found_as_the_cause(kind: str, flags: tuple[str, ...], wanted: str) -> None:
+    here = local(Role.DECODE, 0)
+    apart = dataclasses.replace(here, command=("unshare", *flags, *here.command))
+    (pair,) = qualify([local(Role.PREFILL, 0)], [apart], dataclasses.replace(WISH, paths=(wanted,)))
+    assert pair.one_host and pair.paths[0].error is not None
+    (problem,) = judge(pair, Demand(path=wanted, want=wanted)).problems
+    assert [cause.name for cause in problem.causes][:2] == [f"{wanted} cannot be used", f"{kind} namespace"]
+
+
 @pytest.fixture
 def agents() -> Iterator[tuple[_Agent, _Agent]]:
     key = secrets.token_hex(32)
@@ -88,7 +103,7 @@ def test_the_bytes_of_another_pool_are_found_wrong(agents: tuple[_Agent, _Agent]
     source, target = agents
     source.owner = 2  # decode now looks for another prefill's bytes than it gets
     found = _path(source, target, "shared", WISH)
-    assert found.error is None and found.wrong == 2 * 256 and not found.usable
+    assert found.error is None and found.wrong == 256 and not found.usable
 
 
 def test_a_prefill_that_died_is_named_and_started_again(agents: tuple[_Agent, _Agent]) -> None:

@@ -113,6 +113,7 @@ def test_the_table_shows_every_path_of_every_pair() -> None:
     assert "4 KiB" in text and "32 KiB" in text
     assert "cannot be used: the socket" in text and "WRONG BYTES in 2 blocks" in text
     assert "*cma      cma        memcpy       0.50 (7.00)      0.95 (7.00)" in text
+    assert text.endswith("fastest first, in 1 of 1 pairs: cma")
 
 
 def verdicts() -> list[Verdict]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -89,7 +90,7 @@ def _problems(pair: PairFound, chosen: Measured | None, limit: str, demand: Dema
             evidence = "every byte was compared with what prefill had written"
             found = f"{one.wrong} blocks came wrong, or were written unasked, over {one.path}"
             yield Problem(name, found, "prefill's bytes, and no others", (Cause("wrong bytes", evidence, fix),))
-    errors = [Cause(f"{one.path} cannot be used", one.error, "see there") for one in pair.paths if one.error]
+    errors = [Cause(f"{one.path} cannot be used", one.error, "as it says") for one in pair.paths if one.error]
     if chosen is None:
         wanted = demand.want or (demand.path if demand.path != AUTO else "")
         yield Problem(name, "no path works", f"path {demand.path}", (*errors, *why(wanted, "")))
@@ -136,6 +137,8 @@ def table(verdicts: Sequence[Verdict]) -> list[str]:
             cells = {size.block_bytes: _cell(size, verdict.limit) for size in one.sizes}
             text += f"{one.transport:<10} {verdict.limit:<7}"
             lines.append("".join([text, *(f" {cells.get(size, ''):>16}" for size in sizes)]))
+    for order, number in Counter(verdict.fastest for verdict in verdicts if verdict.fastest).items():
+        lines.append(f"fastest first, in {number} of {len(verdicts)} pairs: {', '.join(order)}")
     lines[1] = "each: ratio to the limit in the same rounds, and GB/s (medians); * is what is used"
     return lines
 
