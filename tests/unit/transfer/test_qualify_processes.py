@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import signal
+import sys
 import time
 from base64 import b64encode
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from pdstack.transfer.qualify.__main__ import main, nbytes
-from pdstack.transfer.qualify.control import End, EndFailed, Wish, _Agent, _path, local, qualify
+from pdstack.transfer.qualify.control import End, EndFailed, Wish, _Agent, _path, local, qualify, read_places
 from pdstack.transfer.qualify.result import Demand, judge
 from pdstack.transfer.roles import Role
 
@@ -41,6 +42,45 @@ def test_every_pair_over_every_own_path(tmp_path: Path, capsys: pytest.CaptureFi
         assert pair["one_host"] and pair["transport"] == "shared" and pair["worst_ratio"] > 0
     assert "prefill-1 > decode-1" in capsys.readouterr().out and "<svg" in html.read_text()
     assert main([*SMALL, "--path", "shared", "--compare", str(out), "--regression", "0.999"]) == 0
+
+
+def test_agents_are_started_by_whatever_command_a_file_names(tmp_path: Path) -> None:
+    command = ["env", "PDSTACK_QUALIFY_TEST=1", sys.executable, "-m", "pdstack.transfer.qualify.end"]
+    agents = {
+        role: [{"name": f"{role}@{n}", "command": command, "host": "127.0.0.1", "shares": f"{role}{n}"} for n in (1, 2)]
+        for role in ("prefill", "decode")
+    }
+    file, out = tmp_path / "agents.json", tmp_path / "out.json"
+    file.write_text(json.dumps(agents))
+    words = ["--agents", str(file), *SMALL[1:], "--path", "stream", "--want", "stream", "--json", str(out)]
+    assert main(words) == 0
+    pairs = json.loads(out.read_text())["pairs"]
+    assert [(pair["prefill"], pair["decode"]) for pair in pairs] == [
+        (f"prefill@{p}", f"decode@{d}") for p in (1, 2) for d in (1, 2)
+    ]
+
+
+_AGENT = {"name": "a", "command": ["true"], "host": "h", "shares": "s"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        {"prefill": [_AGENT]},
+        {"prefill": [_AGENT], "decode": []},
+        {"prefill": [_AGENT], "decode": [_AGENT]},
+        {"prefill": [_AGENT], "decode": [_AGENT | {"name": "b", "command": "true"}]},
+        {"prefill": [_AGENT], "decode": [_AGENT | {"name": "b", "command": []}]},
+        {"prefill": [_AGENT], "decode": [_AGENT | {"name": 7}]},
+    ],
+)
+def test_a_file_of_agents_that_makes_no_sense_is_refused(tmp_path: Path, content: object) -> None:
+    file = tmp_path / "agents.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=r"agents\.json"):
+        read_places(file)
 
 
 def test_below_the_floor_is_exit_1_with_the_pair(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from pdstack.transfer.backends import BACKENDS
-from pdstack.transfer.qualify.control import EndFailed, Wish, local, qualify
+from pdstack.transfer.qualify.control import EndFailed, Place, Wish, local, qualify, read_places
 from pdstack.transfer.qualify.measure import OWN_PATHS, PATHS
 from pdstack.transfer.qualify.page import page
 from pdstack.transfer.qualify.result import (
@@ -39,9 +39,11 @@ def nbytes(text: str) -> int:
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m pdstack.transfer.qualify", description=__doc__)
-    parser.add_argument("--local", action="store_true", required=True, help="start all agents on this machine")
-    parser.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill agents (default 1)")
-    parser.add_argument("--decode", type=int, default=1, metavar="N", help="decode agents (default 1)")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--local", action="store_true", help="start all agents on this machine")
+    where.add_argument("--agents", type=Path, metavar="FILE", help="JSON: the command that starts each agent")
+    parser.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill agents of --local (default 1)")
+    parser.add_argument("--decode", type=int, default=1, metavar="N", help="decode agents of --local (default 1)")
     parser.add_argument(
         "--path",
         choices=(AUTO, *PATHS),
@@ -78,6 +80,7 @@ def main(words: list[str] | None = None) -> int:
         parser.error(f"--bytes must be a multiple of {_PAGE}, and --sizes multiples of 8 that are not larger")
     try:
         earlier = load(options.compare) if options.compare else None
+        places = read_places(options.agents) if options.agents else _local(options.prefill, options.decode)
     except ValueError as error:
         parser.error(str(error))
     paths: tuple[str, ...] = (options.path,)
@@ -85,16 +88,16 @@ def main(words: list[str] | None = None) -> int:
         paths = OWN_PATHS + {"both": BACKENDS, "none": ()}.get(options.backend, (options.backend,))
     wish = Wish(paths, tuple(sorted(set(options.sizes))), options.bytes, options.rounds, options.timeout)
     demand = Demand(options.path, options.floor, options.want)
-    places = [[local(role, n) for n in range(count)] for role, count in zip(Role, _counts(options), strict=True)]
 
     def progress(line: str) -> None:
         sys.stderr.write(line + "\n")
 
     try:
-        verdicts = [judge(pair, demand) for pair in qualify(places[0], places[1], wish, progress=progress)]
+        found = qualify(places[Role.PREFILL], places[Role.DECODE], wish, progress=progress)
     except EndFailed as error:
         sys.stderr.write(f"the KV path cannot be measured: {error}\n")
         return 1
+    verdicts = [judge(pair, demand) for pair in found]
     result = document(verdicts, wish, demand)
     worse = regressions(earlier, result, options.regression) if earlier else []
     lines = [*table(verdicts), *problem_lines(verdicts)]
@@ -106,9 +109,9 @@ def main(words: list[str] | None = None) -> int:
     return int(any(verdict.problems for verdict in verdicts))
 
 
-def _counts(options: argparse.Namespace) -> list[int]:
-    counts = {Role.PREFILL: options.prefill, Role.DECODE: options.decode}
-    return [counts[role] for role in Role]
+def _local(prefill: int, decode: int) -> dict[Role, list[Place]]:
+    counts = {Role.PREFILL: prefill, Role.DECODE: decode}
+    return {role: [local(role, number) for number in range(count)] for role, count in counts.items()}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pdstack.transfer.qualify.facts import Facts
@@ -96,6 +97,32 @@ def local(role: Role, number: int) -> Place:
     """An end on this machine."""
     command = (sys.executable, "-m", "pdstack.transfer.qualify.end")
     return Place(f"{role.value}-{number}", command, "127.0.0.1", "this host")
+
+
+def read_places(file: Path) -> dict[Role, list[Place]]:
+    """Where the agents are, from JSON: ``{"prefill": [{"name", "command", "host", "shares"}, ...], "decode": [...]}``.
+
+    Raises ValueError, saying what is wrong with the file.
+    """
+    try:
+        found = json.loads(file.read_text())
+        places = {role: [_place(entry) for entry in found[role.value]] for role in Role}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} does not say where agents are: {type(error).__name__}: {error}") from error
+    names = [place.name for role in Role for place in places[role]]
+    if not all(places.values()) or len(set(names)) < len(names):
+        raise ValueError(f"{file} has the agents {', '.join(names)}, wanted some of each role, each with its own name")
+    return places
+
+
+def _place(entry: Mapping[str, Any]) -> Place:
+    texts = [entry[field] for field in ("name", "host", "shares")]
+    command = entry["command"]
+    if not all(isinstance(text, str) and text for text in [*texts, *command]) or not isinstance(command, list):
+        raise ValueError(f"{entry!r:.200} has something else than text, or nothing, where text belongs")
+    if not command:
+        raise ValueError(f"{entry!r:.200} has no command")
+    return Place(texts[0], tuple(command), texts[1], texts[2])
 
 
 @dataclass(frozen=True)
