@@ -115,6 +115,8 @@ def test_healthy_hosts_have_no_causes() -> None:
 @pytest.mark.parametrize(
     "asked",
     [
+        question("shared", "cma", load=99.0, cpu_quota=0.5),
+        question("", "", load=99.0),
         question("cma", "tcp", namespaces={}, ptrace_scope=1, sys_ptrace=True, user=7),
         question("cma", "tcp", ptrace_scope=0, readv="ok", ucx={"UCX_TLS": "cma,tcp"}),
         question("shared", "stream", namespaces={"net": 3}, memlock=1),

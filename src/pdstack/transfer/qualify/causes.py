@@ -44,6 +44,11 @@ class Question:
         """True if another transport than the wanted one is used."""
         return bool(self.wanted) and self.wanted != self.found
 
+    @property
+    def slow(self) -> bool:
+        """True if the right transport is used, so that only its speed can be in question."""
+        return bool(self.found) and not self.missed
+
     def ends(self) -> Iterator[tuple[str, Facts]]:
         """Both ends with their names."""
         yield "prefill", self.prefill
@@ -196,7 +201,7 @@ def _shm(question: Question) -> Iterator[Cause]:
 
 def _huge_pages(question: Question) -> Iterator[Cause]:
     facts = question.prefill
-    if not question.one_host:
+    if not question.one_host or not question.slow:
         return
     if question.found == "shared" and facts.pool_pages in ("small", "mixed"):
         yield Cause(
@@ -213,7 +218,7 @@ def _huge_pages(question: Question) -> Iterator[Cause]:
 
 
 def _mtu(question: Question) -> Iterator[Cause]:
-    if question.one_host or question.found in _RDMA:
+    if question.one_host or not question.slow or question.found not in ("stream", "tcp"):
         return
     for end, facts in question.ends():
         small = {name: mtu for name, mtu in facts.mtu.items() if mtu < 9000}
@@ -223,7 +228,7 @@ def _mtu(question: Question) -> Iterator[Cause]:
 
 
 def _quota(question: Question) -> Iterator[Cause]:
-    for end, facts in question.ends():
+    for end, facts in question.ends() if question.slow else ():
         if facts.cpu_quota is not None and facts.cpu_quota < 2:
             yield Cause(
                 "CPU quota",
@@ -233,6 +238,8 @@ def _quota(question: Question) -> Iterator[Cause]:
 
 
 def _busy(question: Question) -> Iterator[Cause]:
+    if not question.slow:
+        return
     for end, facts in [("both", question.decode)] if question.one_host else question.ends():
         if facts.load is not None and facts.load > facts.cores:
             yield Cause(

@@ -106,7 +106,7 @@ def _problems(pair: PairFound, chosen: Measured | None, limit: str, demand: Dema
             f"{ratio:.2f} of {limit} over {chosen.path} with blocks of {size_text(slow.block_bytes)} "
             f"({slow.gbps.median:.2f} of {slow.limits[limit].median:.2f} GB/s)"
         )
-        yield Problem(name, found, f"at least {demand.floor:.2f}", why(demand.want or transport, transport))
+        yield Problem(name, found, f"at least {demand.floor:.2f}", why(transport, transport))
 
 
 def size_text(nbytes: int) -> str:
