@@ -63,6 +63,12 @@ def test_the_first_usable_path_is_used_and_the_fastest_is_told() -> None:
     assert verdict.worst() == 0.6 and verdict.limit == "memcpy"
 
 
+def test_auto_takes_no_backend_as_the_agents_do() -> None:
+    ucx = path("ucx", 0.9, transport="cma")
+    assert judge(pair(BROKEN, ucx), Demand()).problems[0].found == "no path works"
+    assert judge(pair(ucx), Demand(path="ucx", want="cma")).problems == ()
+
+
 def test_between_hosts_the_plain_stream_is_the_limit() -> None:
     verdict = judge(pair(path("stream", 0.25), one_host=False), Demand(floor=0.9))
     assert verdict.limit == "socket" and verdict.worst() == 1.0 and not verdict.problems

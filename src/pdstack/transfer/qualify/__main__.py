@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 from pdstack.transfer.backends import BACKENDS
+from pdstack.transfer.paths import AUTO
+from pdstack.transfer.paths import PATHS as OWN_PATHS
 from pdstack.transfer.qualify.control import EndFailed, Place, Wish, local, qualify, read_places
-from pdstack.transfer.qualify.measure import OWN_PATHS, PATHS
+from pdstack.transfer.qualify.measure import PATHS
 from pdstack.transfer.qualify.page import page
 from pdstack.transfer.qualify.result import (
-    AUTO,
     Demand,
     document,
     judge,
@@ -48,8 +49,8 @@ def arguments() -> argparse.ArgumentParser:
         "--path",
         choices=(AUTO, *PATHS),
         default=AUTO,
-        help="the path that will be used; auto measures all and uses the first usable of "
-        f"{', '.join(PATHS)} (default auto)",
+        help="the path that will be used; auto measures all and takes, as the agents do, the first usable of "
+        f"{', '.join(OWN_PATHS)} (default auto)",
     )
     parser.add_argument(
         "--backend", choices=(*BACKENDS, "both", "none"), default="both", help="libraries to measure beside (auto only)"

@@ -21,11 +21,11 @@ from pdstack.transfer.backends import BACKENDS, Peer, open_importer
 from pdstack.transfer.channel import Identity
 from pdstack.transfer.errors import TransferError
 from pdstack.transfer.layout import PoolView, Run
+from pdstack.transfer.paths import PATHS as OWN_PATHS
 from pdstack.transfer.paths import CmaPeer, PathPeer, Region, SharedPeer, StreamPeer
 from pdstack.transfer.plan import Plan, blocks
 from pdstack.transfer.transport import Transport
 
-OWN_PATHS = ("shared", "cma", "stream")
 PATHS = (*OWN_PATHS, *BACKENDS)
 Bytes = npt.NDArray[np.uint8]
 # Of decode's pool before a read that is checked; no word of prefill's is made of it for all places at once.

@@ -12,18 +12,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pdstack.transfer.paths import AUTO
+from pdstack.transfer.paths import PATHS as OWN_PATHS
 from pdstack.transfer.qualify.causes import Cause, Question, causes
 from pdstack.transfer.qualify.control import PairFound, Wish
-from pdstack.transfer.qualify.measure import PATHS, Measured, Size
+from pdstack.transfer.qualify.measure import Measured, Size
 
 FORMAT = "pdstack kv path/1"
-AUTO = "auto"
 _PACKAGES = ("pdstack", "numpy", "xxhash", "nixl-cu12", "libucx-cu12")
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What must hold for each pair. `path` is the one that will be used, or "auto": the first usable one.
+    """What must hold for each pair. `path` is the one that will be used; "auto" is the first usable own one.
 
     `floor` is the least ratio to the limit, at every block size; `want` the transport that has to carry KV.
     """
@@ -72,7 +73,7 @@ def judge(pair: PairFound, demand: Demand) -> Verdict:
     """What is used, what is fastest (by the time for one read of each block size), and what does not hold."""
     limit = "memcpy" if pair.one_host else "socket"
     usable = {one.path: one for one in pair.paths if one.usable}
-    order = PATHS if demand.path == AUTO else (demand.path,)
+    order = OWN_PATHS if demand.path == AUTO else (demand.path,)
     chosen = next((usable[path] for path in order if path in usable), None)
     fastest = sorted(usable, key=lambda path: sum(one.nbytes / one.gbps.median for one in usable[path].sizes))
     return Verdict(pair, chosen, limit, tuple(fastest), tuple(_problems(pair, chosen, limit, demand)))
