@@ -86,7 +86,9 @@ def test_a_file_of_agents_that_makes_no_sense_is_refused(tmp_path: Path, content
 
 def test_below_the_floor_is_exit_1_with_the_pair(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--path", "shared", "--floor", "1000"]) == 1
-    assert "FAILED prefill-0 > decode-0: found" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "FAILED prefill-0 > decode-0: found" in out
+    assert "1 of 1 pairs were below the floor and measured again" in out
 
 
 def test_ucx_on_another_transport_is_exit_1_with_its_cause(

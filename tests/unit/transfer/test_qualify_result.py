@@ -19,6 +19,7 @@ from pdstack.transfer.qualify.result import (
     Demand,
     Verdict,
     document,
+    doubtful,
     judge,
     load,
     problem_lines,
@@ -88,6 +89,26 @@ def test_below_the_floor_at_one_block_size_is_a_problem() -> None:
     (problem,) = judge(pair(SHARED), Demand(floor=0.61)).problems
     assert problem.found.startswith("0.60 of memcpy over shared with blocks of 4 KiB (5.00 of 8.33 GB/s)")
     assert problem.wanted == "at least 0.61" and problem.causes == ()
+
+
+def test_only_a_pair_that_is_merely_slow_is_measured_again() -> None:
+    wrong = dataclasses.replace(CMA, wrong=3, sizes=())
+    assert doubtful(pair(SHARED), Demand(floor=0.61))
+    assert not doubtful(pair(SHARED), Demand(floor=0.6))
+    assert not doubtful(pair(SHARED), Demand())
+    assert not doubtful(pair(SHARED, wrong), Demand(floor=0.61))
+    assert not doubtful(pair(SHARED), Demand(floor=0.61, want="cma"))
+    assert not doubtful(pair(BROKEN), Demand(floor=0.61))
+
+
+def test_of_two_measurements_the_better_counts_but_no_wrong_byte_is_forgotten() -> None:
+    slow, fast = path("shared", 0.3, 0.9), path("shared", 0.7, 0.8)
+    demand = Demand(floor=0.5)
+    for one, other in ((slow, fast), (fast, slow)):
+        twice = dataclasses.replace(pair(one), first=pair(other))
+        assert judge(twice, demand).worst() == 0.7 and not judge(twice, demand).problems
+    wrong = dataclasses.replace(fast, wrong=1)
+    assert judge(dataclasses.replace(pair(wrong), first=pair(fast)), demand).problems
 
 
 def test_wrong_bytes_are_a_problem_on_any_path() -> None:

@@ -16,13 +16,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pdstack.transfer.qualify.facts import Facts
 from pdstack.transfer.qualify.measure import Measured
-from pdstack.transfer.qualify.schedule import rounds
+from pdstack.transfer.qualify.schedule import Pair, rounds
 from pdstack.transfer.roles import Role
 
 _OPEN_S = 60.0
@@ -138,7 +138,10 @@ class Wish:
 
 @dataclass(frozen=True)
 class PairFound:
-    """All paths of one pair, in the order asked, and the surroundings of its ends."""
+    """All paths of one pair, in the order asked, and the surroundings of its ends.
+
+    `first` is what an earlier measurement of the same pair found, if it was measured again.
+    """
 
     prefill: str
     decode: str
@@ -146,6 +149,7 @@ class PairFound:
     paths: tuple[Measured, ...]
     prefill_facts: Facts
     decode_facts: Facts
+    first: PairFound | None = None
 
 
 class _Agent:
@@ -193,8 +197,12 @@ def qualify(
     wish: Wish,
     environment: Mapping[str, str] | None = None,
     progress: Callable[[str], object] = lambda _: None,
+    again: Callable[[PairFound], bool] = lambda _: False,
 ) -> list[PairFound]:
-    """Measure every pair. What fails is in the result; only an end that cannot be started raises :class:`EndFailed`."""
+    """Measure every pair, and those once more for which `again` is true when all are done.
+
+    What fails is in the result; only an end that cannot be started raises :class:`EndFailed`.
+    """
     key = secrets.token_hex(32)
     environment = os.environ if environment is None else environment
     sources = [_Agent(at, Role.PREFILL, n + 1, key, wish, environment) for n, at in enumerate(prefill)]
@@ -204,10 +212,19 @@ def qualify(
         with ThreadPoolExecutor(len(sources) + len(targets)) as threads:
             list(threads.map(_Agent.ready, [*sources, *targets]))
             plan = rounds([at.shares for at in prefill], [at.shares for at in decode])
+
+            def measure(pair: Pair) -> PairFound:
+                return _pair(sources[pair[0]], targets[pair[1]], wish)
+
             for number, pairs in enumerate(plan):
                 progress(f"round {number + 1} of {len(plan)}: {len(pairs)} pairs")
-                results = threads.map(lambda pair: _pair(sources[pair[0]], targets[pair[1]], wish), pairs)
-                found.update(zip(pairs, results, strict=True))
+                found.update(zip(pairs, threads.map(measure, pairs), strict=True))
+            doubtful = {pair for pair, result in found.items() if again(result)}
+            for pairs in plan:
+                if chosen := [pair for pair in pairs if pair in doubtful]:
+                    progress(f"{len(chosen)} pairs again")
+                    for pair, result in zip(chosen, threads.map(measure, chosen), strict=True):
+                        found[pair] = replace(result, first=found[pair])
     finally:
         for agent in [*sources, *targets]:
             agent.close()

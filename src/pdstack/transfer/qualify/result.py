@@ -70,7 +70,25 @@ def worst(measured: Measured, limit: str) -> float:
 
 
 def judge(pair: PairFound, demand: Demand) -> Verdict:
-    """What is used, what is fastest (by the time for one read of each block size), and what does not hold."""
+    """What is used, what is fastest (by the time for one read of each block size), and what does not hold.
+
+    Of a pair that was measured twice the better one counts, unless the second brought a wrong byte.
+    """
+    verdict = _judged(pair, demand)
+    if pair.first is None or any(one.wrong for one in pair.paths):
+        return verdict
+    return max(verdict, _judged(pair.first, demand), key=lambda one: one.worst() or 0.0)
+
+
+def doubtful(pair: PairFound, demand: Demand) -> bool:
+    """True for a pair that is below the floor and has no other fault: a busy moment does that, so measure it again."""
+    verdict = _judged(pair, demand)
+    ratio = verdict.worst()
+    slow = demand.floor is not None and ratio is not None and ratio < demand.floor
+    return slow and len(verdict.problems) == 1
+
+
+def _judged(pair: PairFound, demand: Demand) -> Verdict:
     limit = "memcpy" if pair.one_host else "socket"
     usable = {one.path: one for one in pair.paths if one.usable}
     order = OWN_PATHS if demand.path == AUTO else (demand.path,)
