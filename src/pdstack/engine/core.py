@@ -35,7 +35,7 @@ from pdstack.engine.config import (
     Step,
 )
 from pdstack.engine.model import KV_ORDER, LlamaModel, require_context
-from pdstack.engine.pool import BlockPool, merged, new_pool_array
+from pdstack.engine.pool import BlockPool, NewPool, merged, new_pool_array
 from pdstack.engine.sampling import greedy, sample
 from pdstack.engine.scheduler import Plan, Purpose, Scheduler, Sequence, State
 from pdstack.models.hf_config import ModelConfig
@@ -67,13 +67,11 @@ class _Client:
 class Engine:
     """Serves requests on one model. Methods must be called in an event loop's thread, except load, start and stop."""
 
-    def __init__(self, model: LlamaModel, config: EngineConfig) -> None:
+    def __init__(self, model: LlamaModel, config: EngineConfig, new_pool: NewPool = new_pool_array) -> None:
         self.config = config
         self.model = model
         shape = model.config
-        self.pool = KvPool(
-            new_pool_array(config.kv_blocks, shape.layers, config.block_size, shape.kv_heads, shape.head_dim)
-        )
+        self.pool = KvPool(new_pool(config.kv_blocks, shape.layers, config.block_size, shape.kv_heads, shape.head_dim))
         self.events: KvEventSink | None = None
         self._blocks = BlockPool(config.kv_blocks, config.block_size, prefix_cache=config.prefix_cache)
         self._scheduler = Scheduler(config, self._blocks)
@@ -89,8 +87,12 @@ class Engine:
         self._finished = self._cancelled = self._refused = self._failed = 0
 
     @classmethod
-    def load(cls, directory: str | Path, config: EngineConfig | None = None) -> Engine:
+    def load(
+        cls, directory: str | Path, config: EngineConfig | None = None, new_pool: NewPool = new_pool_array
+    ) -> Engine:
         """Map and check a model, reserve (not touch) the pool. Blocking; a second or so.
+
+        `new_pool` gives the pool's memory, for those who want it where another process can read it.
 
         Raises UnsupportedModel, WeightsError, EngineError.
         """
@@ -99,7 +101,7 @@ class Engine:
         require_context(ModelConfig.load(Path(directory)), config.max_context)
         model = LlamaModel(Path(directory), config.threads)
         model.prepare(config.max_context, config.max_batch + config.prefill_chunk)
-        return cls(model, config)
+        return cls(model, config, new_pool)
 
     @property
     def layout_fields(self) -> dict[str, Any]:

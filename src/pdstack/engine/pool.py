@@ -10,7 +10,7 @@ import heapq
 import mmap
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,10 @@ import numpy.typing as npt
 
 from pdstack.engine.config import EngineError, KvEvent
 
-__all__ = ["BlockPool", "PoolExhausted", "block_hash", "merged", "new_pool_array"]
+__all__ = ["BlockPool", "NewPool", "PoolExhausted", "block_hash", "merged", "new_pool_array"]
+
+# Makes the array of a pool: see :func:`new_pool_array`, whose arguments it takes.
+NewPool = Callable[[int, int, int, int, int], npt.NDArray[np.float32]]
 
 
 class PoolExhausted(EngineError):

@@ -43,10 +43,18 @@ backends; the handshake refuses a peer of the wrong role.
 *What carries the bytes is known.* UCX reports which transport it chose for the READ; it is parsed from UCX's own
 log, per peer, and appears in every report, metric and in the log (:mod:`pdstack.transfer.transport`).
 
+Beside the backend there are own paths (:mod:`pdstack.transfer.paths`), chosen by `TransferConfig.path` and taken by
+decode, per prefill worker: `shared` (prefill's pool is mapped read-only; same host, prefill's pool from
+:func:`allocate_pool` with that path), `cma` (the kernel copies from prefill's process; same host, the right to ptrace),
+`stream` (plain TCP; its port is a free one of prefill's host that the handshake tells, so a firewall must let it
+through), or `auto`, the first of these that connects, each refusal logged. A named path never falls back to another:
+:class:`PathUnavailable` says why it cannot be had. Everything above holds on each of them; prefill frozen or killed
+during a read of shared memory does not stop the read, and its result counts only if the hash is the ticket's.
+
 Where things are: `agent` (the common surface), `prefill` and `decode` (the two roles), `exports` (prefill's state
 machine), `ticket`, `wire` (frames and handshake on bytes), `channel` (the same on sockets), `layout` (pool,
-fingerprint, plans), `checksum`, `backends` (ucx, nixl), `transport`, `config`, `metrics`, `limit` (memcpy, the
-yardstick).
+fingerprint, runs), `checksum`, `backends` (ucx, nixl), `plan` and `paths` (shared, cma, stream), `transport`, `config`,
+`metrics`, `limit` (memcpy, the yardstick).
 """
 
 from __future__ import annotations
@@ -58,6 +66,7 @@ from pdstack.transfer.errors import (
     BackendUnavailable,
     ChecksumMismatch,
     LayoutMismatch,
+    PathUnavailable,
     PeerUnreachable,
     ProtocolError,
     ReadFailed,
@@ -80,6 +89,7 @@ __all__ = [
     "ClusterKey",
     "KVLayout",
     "LayoutMismatch",
+    "PathUnavailable",
     "PeerUnreachable",
     "ProtocolError",
     "ReadFailed",

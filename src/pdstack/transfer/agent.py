@@ -23,7 +23,10 @@ from pdstack.transfer.ticket import Ticket
 
 @dataclass(frozen=True)
 class TransferReport:
-    """What one fetch did. Times are seconds: `seconds` is all of it, of which `read_seconds` bytes were moving."""
+    """What one fetch did. Times are seconds: `seconds` is all of it, of which `read_seconds` bytes were moving.
+
+    On an own path `backend` is "path", and `transport` the path.
+    """
 
     bytes: int
     blocks: int
@@ -67,7 +70,13 @@ class TransferAgent(ABC):
         self._fingerprint = layout.fingerprint()
         self._identity = Identity(name, self.incarnation, self.role, audience, config.cluster_key)
         metrics.agent.info(
-            {"name": name, "role": self.role.value, "backend": config.backend, "layout": self._fingerprint[:16]}
+            {
+                "name": name,
+                "role": self.role.value,
+                "backend": config.backend,
+                "path": config.path,
+                "layout": self._fingerprint[:16],
+            }
         )
 
     @staticmethod
@@ -83,9 +92,11 @@ class TransferAgent(ABC):
     ) -> TransferAgent:
         """An agent for `role`, ready to work: the pool is registered, and a prefill agent listens.
 
-        `pool` has ``layout.shape`` and must live until :meth:`close`; make it with :func:`allocate_pool`.
+        `pool` has ``layout.shape`` and must live until :meth:`close`; make it with :func:`allocate_pool`, prefill's
+        with the configured path.
         `audience` is who may use the tickets, ``namespace/model``; both sides must have the same.
-        Raises :class:`BackendUnavailable`, :class:`LayoutMismatch`, OSError if the address cannot be listened at.
+        Raises :class:`BackendUnavailable`, :class:`PathUnavailable`, :class:`LayoutMismatch`, OSError if the address
+        cannot be listened at.
         """
         from pdstack.transfer.decode import DecodeAgent
         from pdstack.transfer.prefill import PrefillAgent

@@ -8,6 +8,7 @@ from typing import Any
 
 from pdstack.transfer.backends.base import BACKENDS
 from pdstack.transfer.keys import ClusterKey
+from pdstack.transfer.paths.base import BACKEND, CHOICES
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,14 @@ class TransferConfig:
     `advertise` is the address at which decode workers reach this prefill worker; `listen_port` 0 takes a free port.
     Durations are seconds. A ticket that nobody takes up is void after `ticket_ttl_s`; a read that has begun has
     `read_timeout_s`; the two ends of a control connection hear of each other every `heartbeat_s`.
+
+    `path` is how the bytes move: ``backend``; an own path, ``shared``, ``cma`` or ``stream``; or ``auto``, the first of
+    these three that connects. Decode's word counts; prefill offers what its own allows, and the backend always.
     """
 
     cluster_key: ClusterKey
     backend: str = "ucx"
+    path: str = BACKEND
     listen_host: str = "0.0.0.0"  # noqa: S104  # decode workers of other hosts connect here, and must authenticate
     listen_port: int = 9200
     advertise: str = "127.0.0.1"
@@ -31,6 +36,8 @@ class TransferConfig:
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise ValueError(f"kv_transfer_backend is {self.backend!r}, wanted one of: {', '.join(BACKENDS)}")
+        if self.path not in CHOICES:
+            raise ValueError(f"kv_transfer_path is {self.path!r}, wanted one of: {', '.join(CHOICES)}")
         for field in ("ticket_ttl_s", "read_timeout_s", "heartbeat_s"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"transfer.{field} is {getattr(self, field)!r}, wanted seconds, more than 0")

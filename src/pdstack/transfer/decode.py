@@ -28,6 +28,7 @@ from pdstack.transfer.errors import (
     TransferError,
 )
 from pdstack.transfer.layout import Run, check_blocks, plan_runs
+from pdstack.transfer.paths import BACKEND, PathImporter, read_offers
 from pdstack.transfer.roles import Role
 from pdstack.transfer.ticket import Ticket, verify
 from pdstack.transfer.transport import Transport
@@ -75,8 +76,8 @@ class _Link:
         self._waiting: dict[int, asyncio.Future[Message]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def open(self, importer: Importer, backend: str, layout: str, block_bytes: int) -> None:
-        """Take prefill's description and connect the backend. Raises a :class:`TransferError`."""
+    async def open(self, importer: Importer | PathImporter, backend: str, layout: str, block_bytes: int) -> None:
+        """Take prefill's description and connect the backend, or a path. Raises a :class:`TransferError`."""
         message = await self.channel.receive(_ANSWER_S)
         if message["type"] != "describe":
             raise ProtocolError(f"{self.name} sent {message['type']!r:.40}, wanted 'describe'")
@@ -98,7 +99,11 @@ class _Link:
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"{self.name}'s description cannot be read: {error}") from None
         loop = asyncio.get_running_loop()
-        self.peer = await loop.run_in_executor(self.executor, importer.connect, metadata)
+        if isinstance(importer, PathImporter):
+            offers = read_offers(message.get("paths"), self.name)
+            self.peer = await loop.run_in_executor(self.executor, importer.connect, offers, self.name)
+        else:
+            self.peer = await loop.run_in_executor(self.executor, importer.connect, metadata)
         self._tasks = [loop.create_task(self._receive()), loop.create_task(self._beat())]
 
     async def ask(self, message: Message, timeout_s: float) -> Message:
@@ -168,7 +173,7 @@ class DecodeAgent(TransferAgent):
     """Imports KV. Created by :meth:`TransferAgent.create`."""
 
     role = Role.DECODE
-    _importer: Importer
+    _importer: Importer | PathImporter
 
     async def start(self) -> None:
         """See :class:`TransferAgent`."""
@@ -177,8 +182,15 @@ class DecodeAgent(TransferAgent):
         self._closing: set[asyncio.Task[None]] = set()
         self._parked: list[_Parked] = []
         self._bytes = self._transfers = self._failures = self._quarantined = 0
-        self._importer = await asyncio.to_thread(open_importer, self.config.backend, self.name, self._view)
-        _log.info("decode agent %s imports KV over %s", self.name, self.config.backend)
+        config = self.config
+        if config.path == BACKEND:
+            self._carrier = config.backend
+            self._importer = await asyncio.to_thread(open_importer, config.backend, self.name, self._view)
+        else:
+            self._carrier = "path"
+            self._importer = PathImporter(config.path, self._view, self._identity, config.read_timeout_s)
+        over = config.backend if config.path == BACKEND else f"path {config.path}"
+        _log.info("decode agent %s imports KV over %s", self.name, over)
 
     async def fetch(self, ticket: Ticket, local_blocks: Sequence[int]) -> TransferReport:
         """See :class:`TransferAgent`."""
@@ -195,7 +207,7 @@ class DecodeAgent(TransferAgent):
             self._failures += 1
             # What a forged ticket says must not become a label.
             worker = "?" if error.code == "forged" else ticket.worker
-            self.metrics.failures.labels(self.config.backend, worker, error.code).inc()
+            self.metrics.failures.labels(self._carrier, worker, error.code).inc()
             _log.warning(
                 "fetch of request %s from %s failed (%s): %s", ticket.request_id, ticket.worker, error.code, error
             )
@@ -268,7 +280,7 @@ class DecodeAgent(TransferAgent):
         self.metrics.peers.set(len(self._links))
         link.lost.add_done_callback(lambda _lost: self._drop(where, link))
         seconds = time.perf_counter() - started
-        self.metrics.connects.labels(self.config.backend).observe(seconds)
+        self.metrics.connects.labels(self._carrier).observe(seconds)
         _log.info("connected to prefill agent %s in %.0f ms", link.name, seconds * 1e3)
         return link
 
@@ -387,7 +399,7 @@ class DecodeAgent(TransferAgent):
         blocks = sum(run.blocks for run in runs)
         nbytes = blocks * self.layout.block_bytes
         transport = outcome.transport
-        labels = (self.config.backend, transport.name)
+        labels = (self._carrier, transport.name)
         self._bytes += nbytes
         self._transfers += 1
         self.metrics.bytes.labels(*labels, link.name).inc(nbytes)
@@ -405,7 +417,7 @@ class DecodeAgent(TransferAgent):
             seconds=seconds,
             read_seconds=outcome.read_seconds,
             checksum_seconds=outcome.checksum_seconds,
-            backend=self.config.backend,
+            backend=self._carrier,
             transport=transport.name,
             transport_detail=transport.detail,
             peer=link.name,
@@ -427,7 +439,8 @@ class DecodeAgent(TransferAgent):
             "role": self.role.value,
             "name": self.name,
             "incarnation": self.incarnation,
-            "backend": self.config.backend,
+            "backend": self._carrier,
+            "path": self.config.path,
             "bytes": self._bytes,
             "transfers": self._transfers,
             "failures": self._failures,

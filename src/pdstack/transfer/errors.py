@@ -86,6 +86,12 @@ class ChecksumMismatch(TransferError):
     code = "checksum"
 
 
+class PathUnavailable(TransferError):
+    """The configured path cannot be used on this machine, or between these two workers. No other is taken instead."""
+
+    code = "path_unavailable"
+
+
 class BackendUnavailable(TransferError):
     """The configured backend cannot be used on this machine. There is no fall-back on purpose."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import mmap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pdstack.transfer.errors import LayoutMismatch
+from pdstack.transfer.errors import BackendUnavailable, LayoutMismatch
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,26 @@ def check_pool(layout: KVLayout, pool: npt.NDArray[np.generic]) -> PoolView:
     return PoolView(pool.ctypes.data, layout.block_bytes, layout.num_blocks)
 
 
-def allocate_pool(layout: KVLayout) -> npt.NDArray[np.generic]:
-    """A zeroed pool of `layout.shape`, in huge pages if the kernel may; no memory is used until it is written.
+def allocate_pool(layout: KVLayout, path: str = "backend") -> npt.NDArray[np.generic]:
+    """A zeroed pool of `layout.shape` for `TransferConfig.path`, in huge pages if the kernel may.
+
+    For the paths shared and auto it is memory that other processes can map read-only, and in use from the start: huge
+    pages of shared memory must be there before anything is in them. Everywhere else it is private, and no memory is
+    used until it is written. Raises :class:`BackendUnavailable` if the path is shared and the kernel cannot; with auto
+    that is logged, and the pool is private.
 
     Huge pages on the side that is read make same-host READs 1.3 to 1.8 times as fast: process_vm_readv pins the peer's
     pages one by one.
     """
+    if path in ("shared", "auto"):
+        from pdstack.transfer.paths.pools import allocate_shared  # which itself builds on layouts
+
+        try:
+            return allocate_shared(layout)
+        except BackendUnavailable as error:
+            if path == "shared":
+                raise
+            _log.warning("the KV pool is not shared memory, so the path shared is not offered: %s", error)
     size = layout.block_bytes * layout.num_blocks
     huge = 2 << 20
     memory = mmap.mmap(-1, size + huge, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

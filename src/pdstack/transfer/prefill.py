@@ -17,6 +17,7 @@ from pdstack.transfer.checksum import checksum_blocks
 from pdstack.transfer.errors import ProtocolError, Refused, TicketError, TransferError
 from pdstack.transfer.exports import ExportBook, OnRelease
 from pdstack.transfer.layout import check_blocks
+from pdstack.transfer.paths import Offers
 from pdstack.transfer.roles import ReleaseReason, Role
 from pdstack.transfer.ticket import Ticket, issue, verify
 from pdstack.transfer.wire import Message
@@ -31,6 +32,7 @@ class PrefillAgent(TransferAgent):
 
     role = Role.PREFILL
     _exporter: Exporter
+    _offers: Offers
     _server: asyncio.Server
 
     async def start(self) -> None:
@@ -45,12 +47,27 @@ class PrefillAgent(TransferAgent):
         self._idle.set()
         self._exporter = await asyncio.to_thread(open_exporter, self.config.backend, self.name, self._view)
         try:
-            self._server = await asyncio.start_server(self._serve, self.config.listen_host, self.config.listen_port)
+            self._offers = await asyncio.to_thread(
+                Offers.open,
+                self.config.path,
+                self._pool,
+                self._identity,
+                listen_host=self.config.listen_host,
+                advertise=self.config.advertise,
+                patience_s=self.config.read_timeout_s,
+            )
         except BaseException:
             self._exporter.close()
             raise
+        try:
+            self._server = await asyncio.start_server(self._serve, self.config.listen_host, self.config.listen_port)
+        except BaseException:
+            self._offers.close()
+            self._exporter.close()
+            raise
         self.port: int = self._server.sockets[0].getsockname()[1]
-        _log.info("prefill agent %s exports KV over %s, control port %d", self.name, self.config.backend, self.port)
+        over = ", ".join([self.config.backend, *self._offers.names])
+        _log.info("prefill agent %s exports KV over %s, control port %d", self.name, over, self.port)
 
     def export(
         self, request_id: str, blocks: Sequence[int], tokens: int, first_token: int, on_release: OnRelease
@@ -163,6 +180,7 @@ class PrefillAgent(TransferAgent):
                     "block_bytes": self.layout.block_bytes,
                     "num_blocks": self.layout.num_blocks,
                     "metadata": b64encode(self._exporter.metadata()).decode(),
+                    "paths": self._offers.wire(),
                 }
             )
             while True:
@@ -181,6 +199,7 @@ class PrefillAgent(TransferAgent):
             case "ping":
                 channel.send({"type": "pong"})
                 self._exporter.tend()
+                self._offers.tend()
             case "begin":
                 reply = {"id": message.get("id")}
                 try:
@@ -224,6 +243,7 @@ class PrefillAgent(TransferAgent):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._timer is not None:
             self._timer.cancel()
+        await asyncio.to_thread(self._offers.close)
         await asyncio.to_thread(self._exporter.close)
         self._book.close()
 
@@ -235,6 +255,7 @@ class PrefillAgent(TransferAgent):
             "name": self.name,
             "incarnation": self.incarnation,
             "backend": self.config.backend,
+            "paths": self._offers.names,
             "exports": {"offered": offered, "granted": granted},
             "peers": sorted(self._peers.values()),
         }

@@ -25,6 +25,7 @@ from pdstack.worker.handlers import AggregatedHandler, DecodeHandler, Handler, P
 from pdstack.worker.jobs import Jobs
 from pdstack.worker.kv_events import KvEvents
 from pdstack.worker.metrics import EngineCollector, WorkerMetrics
+from pdstack.worker.pool import pool_maker
 from pdstack.worker.status import Answer, StatusServer, json_answer
 
 log = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ class Worker:
 
     async def _load_engine(self) -> Engine:
         settings = EngineConfig(**asdict(self.config.engine))
-        engine = await asyncio.to_thread(Engine.load, Path(self.config.model_path), settings)
+        engine = await asyncio.to_thread(Engine.load, Path(self.config.model_path), settings, pool_maker(self.config))
         engine.start()
         if self.config.role == "prefill" and self.config.engine.prefix_cache:
             self.kv_events = KvEvents(self.config.engine.block_size)

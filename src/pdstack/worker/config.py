@@ -15,6 +15,7 @@ from typing import Any
 
 ROLES = ("prefill", "decode", "aggregated")
 BACKENDS = ("ucx", "nixl")
+PATHS = ("backend", "shared", "cma", "stream", "auto")
 
 
 class ConfigError(ValueError):
@@ -53,6 +54,7 @@ class TransferSection:
     cluster_key_file: str
     listen: Listen
     advertise: str
+    path: str = "backend"
     ticket_ttl_s: float = 60.0
     read_timeout_s: float = 20.0
     heartbeat_s: float = 2.0
@@ -108,6 +110,8 @@ def check(config: WorkerConfig) -> None:
         )
     if config.transfer is not None and config.transfer.backend not in BACKENDS:
         raise ConfigError(f"transfer.backend: found {config.transfer.backend!r}, wanted one of {', '.join(BACKENDS)}")
+    if config.transfer is not None and config.transfer.path not in PATHS:
+        raise ConfigError(f"transfer.path: found {config.transfer.path!r}, wanted one of {', '.join(PATHS)}")
     if not config.etcd_endpoints:
         raise ConfigError("etcd_endpoints: found an empty list, wanted at least one URL such as http://10.0.0.1:2379")
     for endpoint in config.etcd_endpoints:

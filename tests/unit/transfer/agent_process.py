@@ -33,7 +33,9 @@ class End:
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
         self.layout = KVLayout(**options["layout"])
-        self.pool: Any = allocate_pool(self.layout)
+        # As in a worker: only prefill's pool is read by others.
+        path = options["config"].get("path", "backend") if options["role"] == "prefill" else "backend"
+        self.pool: Any = allocate_pool(self.layout, path)
         self.released: list[tuple[str, str]] = []
         self.errors: dict[str, TransferError] = {}
         self.fetches: dict[str, asyncio.Task[dict[str, Any]]] = {}

@@ -447,6 +447,21 @@ async def test_metrics_tell_what_happened(pair: Pair) -> None:
     await until(lambda: pair.prefill.metrics.exported_bytes.labels("decode-0")._value.get() == value)
 
 
+@in_pair(path="stream")
+async def test_metrics_name_the_path_as_the_transport(pair: Pair) -> None:
+    report = await pair.decode.fetch(pair.export(), [5, 6])
+    assert (report.backend, report.transport) == ("path", "stream")
+    metrics = pair.decode.metrics
+    assert metrics.bytes.labels("path", "stream", "prefill-0")._value.get() == report.bytes == 2 * LAYOUT.block_bytes
+    assert metrics.agent._value["path"] == "stream"
+    link: Any = next(iter(pair.decode._links.values()))  # type: ignore[attr-defined]
+    link.peer._peer._cut()  # as a network that drops the connection
+    with pytest.raises(ReadFailed):
+        await pair.decode.fetch(pair.export("t"), [7, 8])
+    assert metrics.failures.labels("path", "prefill-0", "read_failed")._value.get() == 1
+    assert (await pair.decode.fetch(pair.export("u"), [7, 8])).transport == "stream"
+
+
 @in_pair()
 async def test_after_a_failed_read_the_next_fetch_makes_a_new_connection(pair: Pair) -> None:
     pair.backend.fail = True

@@ -24,6 +24,7 @@ def test_reads_the_transfer_part_of_worker_json(key_file: Path) -> None:
     config = TransferConfig.from_mapping(
         {
             "backend": "nixl",
+            "path": "auto",
             "cluster_key_file": str(key_file),
             "listen": {"host": "0.0.0.0", "port": 9201},
             "advertise": "10.0.0.1",
@@ -32,13 +33,20 @@ def test_reads_the_transfer_part_of_worker_json(key_file: Path) -> None:
             "heartbeat_s": 2.0,
         }
     )
-    assert (config.backend, config.listen_port, config.advertise) == ("nixl", 9201, "10.0.0.1")
+    assert (config.backend, config.path) == ("nixl", "auto")
+    assert (config.listen_port, config.advertise) == (9201, "10.0.0.1")
+
+
+def test_without_a_word_the_backend_moves_kv(key_file: Path) -> None:
+    assert TransferConfig.from_mapping({"cluster_key_file": str(key_file)}).path == "backend"
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"backend": "mpi"},
+        {"path": "rdma"},
+        {"path": None},
         {"colour": 1},
         {"listen": {"prot": 1}},
         {"listen": 9200},

@@ -62,6 +62,7 @@ def test_values_and_defaults(tmp_path: Path) -> None:
         ({"transfer": None}, "transfer: role prefill needs this section"),
         ({"role": "aggregated"}, "transfer: role aggregated moves no KV cache"),
         ({"transfer": {**GOOD["transfer"], "backend": "tcp"}}, "transfer.backend: found 'tcp'"),
+        ({"transfer": {**GOOD["transfer"], "path": "tcp"}}, "transfer.path: found 'tcp'"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

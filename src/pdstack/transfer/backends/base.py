@@ -43,33 +43,17 @@ class Exporter(ABC):
 class Peer(ABC):
     """Decode's connection to one exporter. One thread at a time, except :meth:`abort`."""
 
-    def __init__(self, name: str, log: UcxLog) -> None:
-        self._name, self._log = name, log
+    def __init__(self) -> None:
         self._aborted = Event()
         self.parked = False
-        self._transports: dict[int, Transport] = {}
 
+    @abstractmethod
     def transport(self, nbytes: int) -> Transport:
-        """What carries a descriptor of `nbytes`; named "unknown" until UCX has said, at the first read."""
-        known = self._transports.get(nbytes)
-        if known is None:
-            known = self._log.transport(self._name, nbytes)
-            if known.name != UNKNOWN:
-                self._transports[nbytes] = known
-        return known
-
-    def _window(self, nbytes: int) -> int:
-        return WINDOW if self.transport(nbytes).one_sided else EMULATED_WINDOW
+        """What carries a descriptor of `nbytes`; named "unknown" until that is known, at the first read."""
 
     def abort(self) -> None:
         """Make a read in progress end soon with an error. Thread-safe; the peer cannot be used afterwards."""
         self._aborted.set()
-
-    def _given_up(self, nbytes: int) -> ReadFailed:
-        """For a backend's read that finds itself aborted: decides whether the peer is parked."""
-        transport = self.transport(nbytes)
-        self.parked = transport.name != UNKNOWN and not transport.one_sided
-        return ReadFailed("the read was aborted")
 
     @abstractmethod
     def read(self, runs: Sequence[Run]) -> None:
@@ -90,6 +74,33 @@ class Peer(ABC):
     @abstractmethod
     def close(self) -> None:
         """Drop the connection and everything in flight on it."""
+
+
+class LoggedPeer(Peer):
+    """A peer whose bytes UCX carries: UCX's log says how."""
+
+    def __init__(self, name: str, log: UcxLog) -> None:
+        super().__init__()
+        self._name, self._log = name, log
+        self._transports: dict[int, Transport] = {}
+
+    def transport(self, nbytes: int) -> Transport:
+        """See the base class: UCX says it at the first read."""
+        known = self._transports.get(nbytes)
+        if known is None:
+            known = self._log.transport(self._name, nbytes)
+            if known.name != UNKNOWN:
+                self._transports[nbytes] = known
+        return known
+
+    def _window(self, nbytes: int) -> int:
+        return WINDOW if self.transport(nbytes).one_sided else EMULATED_WINDOW
+
+    def _given_up(self, nbytes: int) -> ReadFailed:
+        """For a backend's read that finds itself aborted: decides whether the peer is parked."""
+        transport = self.transport(nbytes)
+        self.parked = transport.name != UNKNOWN and not transport.one_sided
+        return ReadFailed("the read was aborted")
 
 
 class Importer(ABC):

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from pdstack.transfer.backends.base import Exporter, Importer, Peer
+from pdstack.transfer.backends.base import Exporter, Importer, LoggedPeer, Peer
 from pdstack.transfer.errors import BackendUnavailable, ReadFailed
 from pdstack.transfer.layout import PoolView, Run
 from pdstack.transfer.transport import UcxLog
@@ -128,7 +128,7 @@ class NixlImporter(Importer):
         self._log.forward()
 
 
-class NixlPeer(Peer):
+class NixlPeer(LoggedPeer):
     """One exporter as seen by an agent made for it alone."""
 
     def __init__(self, agent: Any, pool: PoolView, metadata: bytes, log: UcxLog) -> None:

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from itertools import count
 
 from pdstack.transfer.backends import ucp_binding as ucp
-from pdstack.transfer.backends.base import Exporter, Importer, Peer
+from pdstack.transfer.backends.base import Exporter, Importer, LoggedPeer, Peer
 from pdstack.transfer.errors import ReadFailed
 from pdstack.transfer.layout import PoolView, Run
 from pdstack.transfer.transport import UcxLog
@@ -117,7 +117,7 @@ class UcxImporter(Importer):
         self._log.forward()
 
 
-class UcxPeer(Peer):
+class UcxPeer(LoggedPeer):
     """One exporter as seen by one importer."""
 
     def __init__(self, name: str, pool: PoolView, metadata: bytes, log: UcxLog) -> None:

@@ -2,18 +2,29 @@
 
 `shared`: both processes map one sealed memfd, decode read-only by the kernel's will. `cma`: the kernel copies from a
 process that owns its pool itself. `stream`: prefill pushes over plain sockets to where neither is possible.
+`offers` and `routes` are how the agents use them: what prefill offers, and which decode takes. `pools` finds the
+shared memory of a pool.
 """
 
-from pdstack.transfer.paths.base import HASH_UNIT, PathPeer, Region, hash_pieces
+from pdstack.transfer.paths.base import AUTO, BACKEND, CHOICES, HASH_UNIT, PATHS, PathPeer, Region, hash_pieces
 from pdstack.transfer.paths.cma import CmaExporter, CmaPeer
+from pdstack.transfer.paths.offers import Offers, read_offers
+from pdstack.transfer.paths.routes import PathImporter, PathReader
 from pdstack.transfer.paths.shared import SharedExporter, SharedPeer, SharedPool
 from pdstack.transfer.paths.stream import StreamExporter, StreamPeer
 
 __all__ = [
+    "AUTO",
+    "BACKEND",
+    "CHOICES",
     "HASH_UNIT",
+    "PATHS",
     "CmaExporter",
     "CmaPeer",
+    "Offers",
+    "PathImporter",
     "PathPeer",
+    "PathReader",
     "Region",
     "SharedExporter",
     "SharedPeer",
@@ -21,4 +32,5 @@ __all__ = [
     "StreamExporter",
     "StreamPeer",
     "hash_pieces",
+    "read_offers",
 ]

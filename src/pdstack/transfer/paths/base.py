@@ -15,6 +15,18 @@ from pdstack.transfer.plan import Offsets, Plan
 
 Hashes = npt.NDArray[np.uint64]
 
+# The own paths, fastest first, as measured by benchmarks/kv_paths.py. What `transfer.path` may be: the backend alone,
+# one of the paths, or the first of them that connects.
+PATHS = ("shared", "cma", "stream")
+BACKEND, AUTO = "backend", "auto"
+CHOICES = (BACKEND, *PATHS, AUTO)
+
+
+def paths_of(choice: str) -> tuple[str, ...]:
+    """The paths to try for a choice, in order."""
+    return PATHS if choice == AUTO else () if choice == BACKEND else (choice,)
+
+
 # A plan is hashed in pieces of at most so many bytes (`plan.split`): small enough to be still in the core's own cache
 # after the copy, so that hashing costs no second trip to memory.
 HASH_UNIT = 256 << 10
@@ -59,7 +71,8 @@ class PathPeer(ABC):
         """Move the plan's bytes from the peer's pool into ours.
 
         Returns the hashes of what is in our memory now, one for each extent of ``split(plan, HASH_UNIT)``, to be
-        compared with what prefill says its own are; None without `checksum` (benchmarks only).
+        compared with what prefill says its own are. None without `checksum`: for callers that check the bytes
+        themselves, as the agents do, and for benchmarks.
 
         The law of the backends holds here too: when this returns or raises, our blocks are not written any more,
         whatever the peer or the network does later. Raises :class:`ReadFailed`, ValueError for a plan that leaves

@@ -13,11 +13,13 @@ import os
 import select
 from pathlib import Path
 
+import numpy as np
+
 from pdstack.transfer.backends.base import Exporter
 from pdstack.transfer.errors import ReadFailed
 from pdstack.transfer.paths.base import Hashes, PathPeer, Region
 from pdstack.transfer.paths.copying import THREADS, Mover, Vectors
-from pdstack.transfer.plan import Plan
+from pdstack.transfer.plan import Plan, merge
 
 
 def _started(pid: int) -> str:
@@ -29,16 +31,21 @@ def _namespace() -> int:
     return Path("/proc/self/ns/pid").stat().st_ino
 
 
+def _boot() -> str:
+    """This host's boot id (random(4)). PID namespaces do not tell hosts apart: the first of each has one number."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 class CmaExporter(Exporter):
     """Says where the pool is. Nothing runs here: the kernel serves the readers."""
 
     def __init__(self, pool: Region) -> None:
         pid = os.getpid()
-        values = {"pid": pid, "started": _started(pid), "namespace": _namespace(), "base": pool.address}
-        self._metadata = json.dumps({**values, "nbytes": pool.nbytes}).encode()
+        values = {"boot": _boot(), "pid": pid, "started": _started(pid), "namespace": _namespace()}
+        self._metadata = json.dumps({**values, "base": pool.address, "nbytes": pool.nbytes}).encode()
 
     def metadata(self) -> bytes:
-        """Process number and start time, PID namespace, and the pool's address and size, as JSON."""
+        """Boot id of the host, process number and start time, PID namespace, the pool's address and size, as JSON."""
         return self._metadata
 
     def tend(self) -> None:
@@ -57,9 +64,15 @@ class CmaPeer(PathPeer):
         try:
             values = json.loads(metadata)
             self._pid, started, namespace = int(values["pid"]), str(values["started"]), int(values["namespace"])
-            self._base, self._nbytes = int(values["base"]), int(values["nbytes"])
+            self._base, self._nbytes, boot = int(values["base"]), int(values["nbytes"]), str(values["boot"])
         except (ValueError, KeyError, TypeError) as error:
             raise ReadFailed(f"the peer's cma metadata cannot be read: {error}") from error
+        if boot != _boot():
+            raise ReadFailed(
+                f"process {self._pid} runs on another host (boot id {boot:.36}, here {_boot()}): cma reads on one host "
+                "only, take the path stream or the backend",
+                code="not_permitted",
+            )
         if namespace != _namespace():
             raise ReadFailed(
                 f"process {self._pid} lives in PID namespace {namespace}, this one in {_namespace()}: run both "
@@ -72,6 +85,13 @@ class CmaPeer(PathPeer):
                 os.close(self._pidfd)
                 raise ProcessLookupError(errno.ESRCH, "its number is another process's now")
         except OSError as error:
+            raise self._failed(error) from error
+        try:
+            # One byte: the right to read is known before any block depends on it.
+            probe = np.zeros(1, np.uint8)
+            Vectors(self._pid, self._base, probe.ctypes.data)(merge([0], [0], [1]))(0, 1)
+        except OSError as error:
+            os.close(self._pidfd)
             raise self._failed(error) from error
         self._target = target
         self._copy = Vectors(self._pid, self._base, target.address)

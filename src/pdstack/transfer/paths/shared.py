@@ -176,6 +176,11 @@ class SharedPool:
             mapping.advise(_MADV_COLLAPSE)
         return fd, mapping
 
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        # An array made from this keeps the descriptor open too, not the memory alone.
+        return {**self._mapping.__array_interface__, "shape": (self.nbytes,)}
+
     def pages(self) -> Pages:
         """What the kernel gave."""
         return pages_of(self._mapping.address, self._size)
@@ -188,6 +193,10 @@ class SharedPool:
     def reader(self) -> int:
         """A new read-only descriptor of the memory, for another process; the caller closes it."""
         return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "array"):
+            self.close()
 
     def close(self) -> None:
         """Give up the descriptor. The memory is freed with its last mapping: :attr:`array`, and the readers'."""

@@ -145,17 +145,28 @@ def _group_ends(nbytes: Offsets, most: int) -> list[int]:
 
 
 class StreamExporter(Exporter):
-    """Listens for decode's sockets; one thread a socket answers its requests."""
+    """Listens for decode's sockets; one thread a socket answers its requests. `advertise`: the host decode is told."""
 
-    def __init__(self, pool: Region, identity: Identity, host: str, port: int = 0, patience_s: float = 20.0) -> None:
+    def __init__(
+        self,
+        pool: Region,
+        identity: Identity,
+        host: str,
+        port: int = 0,
+        patience_s: float = 20.0,
+        *,
+        advertise: str | None = None,
+    ) -> None:
         self._pool, self._identity, self._patience_s = pool, identity, patience_s
         self._memory = pool.bytes().toreadonly()
-        self._connections: set[socket.socket] = set()
+        self._connections: dict[socket.socket, threading.Thread] = {}
         self._lock = threading.Lock()
         self._closed = False
         self._listener = socket.create_server((host, port), backlog=_MAX_CONNECTIONS)
         address = self._listener.getsockname()
-        self._metadata = json.dumps({"host": address[0], "port": address[1], "nbytes": pool.nbytes}).encode()
+        self._metadata = json.dumps(
+            {"host": advertise or address[0], "port": address[1], "nbytes": pool.nbytes}
+        ).encode()
         self._thread = threading.Thread(target=self._listen, name="kv-stream", daemon=True)
         self._thread.start()
 
@@ -176,8 +187,9 @@ class StreamExporter(Exporter):
                 if self._closed or len(self._connections) >= _MAX_CONNECTIONS:
                     sock.close()
                     continue
-                self._connections.add(sock)
-            threading.Thread(target=self._converse, args=(sock,), name="kv-stream-send", daemon=True).start()
+                thread = threading.Thread(target=self._converse, args=(sock,), name="kv-stream-send", daemon=True)
+                self._connections[sock] = thread
+                thread.start()
 
     def _converse(self, sock: socket.socket) -> None:
         try:
@@ -196,7 +208,7 @@ class StreamExporter(Exporter):
             _log.info("a KV stream ended: %s", error)
         finally:
             with self._lock:
-                self._connections.discard(sock)
+                self._connections.pop(sock, None)
             sock.close()
 
     def _answer(self, sock: socket.socket, seal: Seal) -> None:
@@ -225,17 +237,18 @@ class StreamExporter(Exporter):
             begin = end
 
     def close(self) -> None:
-        """End all streams; nothing of the pool is sent afterwards."""
+        """End all streams; nothing of the pool is read or sent afterwards, so its memory may go."""
         with self._lock:
             self._closed = True
-            connections = list(self._connections)
+            connections = dict(self._connections)
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for sock in connections:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
+        for thread in (self._thread, *connections.values()):
+            thread.join()
 
 
 class StreamPeer(PathPeer):
