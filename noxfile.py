@@ -216,6 +216,12 @@ def bench_gpu(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def kv_path(session: nox.Session) -> None:
+    """How KV gets from every prefill to every decode process (-- --local --prefill 2 --decode 2, see --help)."""
+    run(session, environment(session, "dev"), "python", "-m", "pdstack.transfer.qualify", *session.posargs)
+
+
+@nox.session(default=False)
 def tests(session: nox.Session) -> None:
     """Everything above that tests, in order; stops a container engine that it had to start."""
     shutil.rmtree(REPORTS, ignore_errors=True)

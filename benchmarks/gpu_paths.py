@@ -35,15 +35,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-import numpy as np  # noqa: E402
+import numpy as np  # noqa: E402  # after the path is set: it runs as a script too
 
 try:
     import torch
 except ImportError as missing:
     raise SystemExit(f"{missing} in {sys.executable}: run this on a GPU host whose python3 has torch") from missing
 
-from pdstack.transfer.gpu import copy, ipc, view  # noqa: E402
-from pdstack.transfer.layout import KVLayout  # noqa: E402
+from pdstack.transfer.gpu import copy, ipc, view  # noqa: E402  # as above
+from pdstack.transfer.layout import KVLayout  # noqa: E402  # as above
 
 NBYTES = 1 << 30
 SIZES = (4 << 10, 8 << 10, 32 << 10, 64 << 10, 128 << 10, 256 << 10, 1 << 20, 16 << 20)

@@ -179,7 +179,7 @@ def test_kill_of_prefill_in_the_middle_of_a_read(mortal: Callable[[int], Prefill
         assert path != "shared"
         assert isinstance(error, ReadFailed), error
     before = target.copy()
-    time.sleep(0.05)
+    time.sleep(0.05)  # time in which a late write could come: there is nothing to wait for
     assert np.array_equal(target, before)
     peer.close()
     with pytest.raises(ReadFailed):
@@ -202,7 +202,7 @@ def test_a_frozen_prefill_never_writes_later(mortal: Callable[[int], Prefill], p
     target[:] = 7
     prefill.kill(signal.SIGCONT)
     prefill.call("pid")
-    time.sleep(0.1)
+    time.sleep(0.1)  # time in which a late write could come: there is nothing to wait for
     assert (target == 7).all()
     peer.close()
 
@@ -442,7 +442,7 @@ def test_no_thread_copies_after_an_error(prefill: Prefill) -> None:
     with pytest.raises(ReadFailed, match="broken"):
         mover.move(PLANS["1 MiB"], lambda _pieces: broken, Region.of(target), True)
     seen = len(calls)
-    time.sleep(0.05)
+    time.sleep(0.05)  # time in which a late write could come: there is nothing to wait for
     assert len(calls) == seen
     mover.close()
 

@@ -74,7 +74,7 @@ class PathReader(Peer):
         super().__init__()
         self._peer, self._block_bytes = peer, block_bytes
 
-    def transport(self, nbytes: int) -> Transport:  # noqa: ARG002
+    def transport(self, nbytes: int) -> Transport:  # noqa: ARG002  # see the base class
         """The path itself, for any size."""
         return Transport(self._peer.name, _DETAILS[self._peer.name])
 
