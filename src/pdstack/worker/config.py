@@ -9,7 +9,7 @@ import dataclasses
 import json
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class EngineSection:
 
 @dataclass(frozen=True)
 class TransferSection:
-    """Settings of the transfer agent. `advertise` is the address that decode workers use to reach `listen.port`."""
+    """Settings of the transfer agent, as :class:`pdstack.transfer.TransferConfig` explains them."""
 
     backend: str
     cluster_key_file: str
@@ -58,6 +58,16 @@ class TransferSection:
     ticket_ttl_s: float = 60.0
     read_timeout_s: float = 20.0
     heartbeat_s: float = 2.0
+    order: dict[str, list[str]] = field(default_factory=dict)
+    recheck_every: int = 100
+    stream_port: int = 0
+    shared_directory: str = ""
+    resume_s: float = 5.0
+    stall_timeout_s: float = 60.0
+    window_bytes: int = 256 << 20
+    audit_file: str = ""
+    audit_bytes: int = 16 << 20
+    audit_files: int = 4
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,10 @@ def parse(kind: Any, data: Any, where: str) -> Any:
         if not isinstance(data, list):
             raise ConfigError(f"{where}: found {data!r}, wanted a list")
         return [parse(typing.get_args(kind)[0], item, f"{where}[{at}]") for at, item in enumerate(data)]
+    if typing.get_origin(kind) is dict:
+        if not isinstance(data, dict):
+            raise ConfigError(f"{where}: found {data!r}, wanted an object")
+        return {key: parse(typing.get_args(kind)[1], item, f"{where}.{key}") for key, item in data.items()}
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
     if type(data) is not kind:
@@ -144,15 +158,15 @@ def _parse_dataclass(kind: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise ConfigError(f"{where or 'file'}: found {data!r}, wanted an object")
     hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {each.name: each for each in dataclasses.fields(kind)}
     prefix = f"{where}." if where else ""
     unknown = sorted(set(data) - set(fields))
     if unknown:
         raise ConfigError(f"{prefix}{unknown[0]}: unknown key; known here: {', '.join(fields)}")
     missing = [
         name
-        for name, field in fields.items()
-        if name not in data and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        for name, each in fields.items()
+        if name not in data and each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ConfigError(f"{prefix}{missing[0]}: is missing")

@@ -52,6 +52,11 @@ def test_without_a_word_the_backend_moves_kv(key_file: Path) -> None:
         {"listen": 9200},
         {"ticket_ttl_s": 0},
         {"heartbeat_s": -1},
+        {"order": {"prefill-0": ["rdma"]}},
+        {"resume_s": 0},
+        {"stall_timeout_s": 0},
+        {"audit_files": -1},
+        {"stream_port": True},
     ],
 )
 def test_wrong_settings_are_refused(key_file: Path, change: dict[str, Any]) -> None:
