@@ -62,7 +62,9 @@ class TransferConfig:
             raise ValueError(f"kv_transfer_path is {self.path!r}, wanted one of: {', '.join(CHOICES)}")
         for peer, names in self.order.items():
             if unknown := [name for name in names if name not in (BACKEND, *PATHS)]:
-                raise ValueError(f"transfer.order of {peer} has {unknown}, wanted some of {', '.join((BACKEND, *PATHS))}")
+                raise ValueError(
+                    f"transfer.order of {peer} has {unknown}, wanted some of {', '.join((BACKEND, *PATHS))}"
+                )
         for name in ("ticket_ttl_s", "read_timeout_s", "heartbeat_s", "resume_s", "stall_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"transfer.{name} is {getattr(self, name)!r}, wanted seconds, more than 0")
