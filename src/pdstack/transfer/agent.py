@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pdstack.transfer.audit import AuditLog
 from pdstack.transfer.channel import Identity
 from pdstack.transfer.config import TransferConfig
 from pdstack.transfer.errors import RoleError
 from pdstack.transfer.exports import OnRelease
-from pdstack.transfer.layout import KVLayout, check_pool
+from pdstack.transfer.layout import KVLayout
 from pdstack.transfer.metrics import TransferMetrics
 from pdstack.transfer.roles import Role
+from pdstack.transfer.store import HostStore
 from pdstack.transfer.ticket import Ticket
+
+# How often each of some blocks has been given to a new owner.
+Generations = Callable[[Sequence[int]], Sequence[int]]
 
 
 @dataclass(frozen=True)
 class TransferReport:
     """What one fetch did. Times are seconds: `seconds` is all of it, of which `read_seconds` bytes were moving.
 
-    On an own path `backend` is "path", and `transport` the path.
+    `bytes` and `blocks` were moved, `held_blocks` were here before. What moved over an own path has `backend` "path",
+    and the path as `transport`. `checksum_seconds` is 0 where the copy's own pass took the hashes.
     """
 
     bytes: int
     blocks: int
+    held_blocks: int
     descriptors: int
     seconds: float
     read_seconds: float
@@ -38,6 +45,8 @@ class TransferReport:
     transport: str
     transport_detail: str
     peer: str
+    first_token: int
+    resumes: int
 
     @property
     def gbps(self) -> float:
@@ -59,6 +68,7 @@ class TransferAgent(ABC):
         pool: npt.NDArray[np.generic],
         config: TransferConfig,
         metrics: TransferMetrics,
+        generations: Generations | None,
     ) -> None:
         self.name = name
         self.layout = layout
@@ -66,9 +76,18 @@ class TransferAgent(ABC):
         self.metrics = metrics
         self.incarnation = uuid.uuid4().hex
         self._pool = pool
-        self._view = check_pool(layout, pool)
+        self._generations = generations
+        self._store = HostStore(layout, pool)
         self._fingerprint = layout.fingerprint()
         self._identity = Identity(name, self.incarnation, self.role, audience, config.cluster_key)
+        self.audit = AuditLog(
+            config.audit_file,
+            config.audit_bytes,
+            config.audit_files,
+            agent=name,
+            incarnation=self.incarnation,
+            role=self.role.value,
+        )
         metrics.agent.info(
             {
                 "name": name,
@@ -89,14 +108,17 @@ class TransferAgent(ABC):
         pool: npt.NDArray[np.generic],
         config: TransferConfig,
         metrics: TransferMetrics | None = None,
+        generations: Generations | None = None,
     ) -> TransferAgent:
         """An agent for `role`, ready to work: the pool is registered, and a prefill agent listens.
 
         `pool` has ``layout.shape`` and must live until :meth:`close`; make it with :func:`allocate_pool`, prefill's
         with the configured path.
-        `audience` is who may use the tickets, ``namespace/model``; both sides must have the same.
+        `audience` is who may use the tickets, ``namespace/model``; both sides must have the same. `generations` says
+        how often each of some blocks has been given to a new owner: with it prefill refuses to serve a block that is
+        not any more what it was when the ticket was issued.
         Raises :class:`BackendUnavailable`, :class:`PathUnavailable`, :class:`LayoutMismatch`, OSError if the address
-        cannot be listened at.
+        cannot be listened at or the audit file not written.
         """
         from pdstack.transfer.decode import DecodeAgent
         from pdstack.transfer.prefill import PrefillAgent
@@ -109,8 +131,13 @@ class TransferAgent(ABC):
             pool=pool,
             config=config,
             metrics=metrics or TransferMetrics(),
+            generations=generations,
         )
-        await agent.start()
+        try:
+            await agent.start()
+        except BaseException:
+            agent.audit.close()
+            raise
         return agent
 
     @abstractmethod
@@ -126,15 +153,37 @@ class TransferAgent(ABC):
         """The state of the agent as a JSON-able dict."""
 
     def export(
-        self, request_id: str, blocks: Sequence[int], tokens: int, first_token: int, on_release: OnRelease
+        self,
+        request_id: str,
+        blocks: Sequence[int],
+        tokens: int,
+        first_token: int | None,
+        on_release: OnRelease,
+        generations: Sequence[int] | None = None,
     ) -> Ticket:
         """Prefill only: offer `blocks`, in the order of their tokens, to whoever gets the ticket.
 
-        `on_release(request_id, reason)` is called exactly once, in the event loop, when the blocks may be reused. Until
-        then they must not change. Raises ValueError for blocks outside the pool, :class:`TransferError` (code
-        ``duplicate``) if this request id is exported now.
+        With a `first_token` all of them are final; with None the prompt is still being computed, and :meth:`advance`
+        and :meth:`complete` say how far it is. `on_release(request_id, reason)` is called exactly once, in the event
+        loop, when the blocks may be reused; final ones must not change before. It may come before the prompt is
+        computed. `generations` belong to the blocks; they are asked for if the agent can ask.
+
+        Raises ValueError for blocks outside the pool, :class:`TransferError` (code ``duplicate``) if this request id is
+        exported now.
         """
-        raise self._wrong_role("export", request_id, blocks, tokens, first_token, on_release)
+        raise self._wrong_role("export", request_id, blocks, tokens, first_token, on_release, generations)
+
+    def advance(self, request_id: str, ready: int) -> None:
+        """Prefill only: the first `ready` blocks of an export are final. Ignored if it has been released."""
+        raise self._wrong_role("export", request_id, ready)
+
+    def complete(self, request_id: str, first_token: int) -> None:
+        """Prefill only: the prompt is computed, all blocks are final. Ignored if the export has been released."""
+        raise self._wrong_role("export", request_id, first_token)
+
+    def fail(self, request_id: str, reason: str) -> None:
+        """Prefill only: the prompt will not be computed. Releases the export (``uncomputed``) and tells its reader."""
+        raise self._wrong_role("export", request_id, reason)
 
     async def withdraw(self, request_id: str) -> bool:
         """Prefill only: take an offer back. False if there is none, or if it is being read: then the end of the read
@@ -145,13 +194,14 @@ class TransferAgent(ABC):
         """Prefill only: wait until nothing is exported; False if that took longer than `timeout_s`."""
         raise self._wrong_role("drain exports", timeout_s)
 
-    async def fetch(self, ticket: Ticket, local_blocks: Sequence[int]) -> TransferReport:
-        """Decode only: read the ticket's blocks into `local_blocks` and verify them.
+    async def fetch(self, ticket: Ticket, local_blocks: Sequence[int], held: int = 0) -> TransferReport:
+        """Decode only: read the ticket's blocks into `local_blocks` as they become final, and verify them.
 
-        Returns only if every byte is what prefill exported. Raises a :class:`TransferError`; its `settled()` says when
-        the local blocks may be reused. If the calling task is cancelled, the cancellation is delivered once they may.
+        The first `held` local blocks are there already: they are compared with prefill's, and never written. Returns
+        only if every byte is what prefill computed. Raises a :class:`TransferError`; its `settled()` says when the
+        local blocks may be reused. If the calling task is cancelled, the cancellation is delivered once they may.
         """
-        raise self._wrong_role("fetch", ticket, local_blocks)
+        raise self._wrong_role("fetch", ticket, local_blocks, held)
 
     async def discard(self, ticket: Ticket) -> None:
         """Decode only: tell prefill that nothing will be read. An unreachable peer is no error: a deadline exists."""

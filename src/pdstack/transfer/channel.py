@@ -131,7 +131,8 @@ async def connect(host: str, port: int, identity: Identity) -> Channel:
     except TimeoutError:
         raise PeerUnreachable(f"{where} did not answer within {HANDSHAKE_S:.0f} s") from None
     except OSError as error:
-        raise PeerUnreachable(f"{where} cannot be reached: {error}") from error
+        gone = isinstance(error, ConnectionRefusedError)
+        raise PeerUnreachable(f"{where} cannot be reached: {error}", gone=gone) from error
     return Channel(reader, writer, handshake.seal(identity.role), welcome)
 
 

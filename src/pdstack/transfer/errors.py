@@ -9,7 +9,8 @@ class TransferError(Exception):
     """Base of all errors of a KV transfer. `code` is short, stable and safe to use as a metric label.
 
     `quarantine` is None if the local blocks may be reused at once. Otherwise a read may still write them: do not reuse
-    them before :meth:`settled` has returned.
+    them before :meth:`settled` has returned. So many leading local blocks as `verified_blocks` says hold what prefill
+    exported, and will not be written.
     """
 
     code = "transfer"
@@ -17,6 +18,7 @@ class TransferError(Exception):
     def __init__(self, message: str, *, code: str | None = None) -> None:
         super().__init__(message)
         self.quarantine: asyncio.Future[None] | None = None
+        self.verified_blocks = 0
         if code is not None:
             self.code = code
 
@@ -63,9 +65,13 @@ class ProtocolError(TransferError):
 
 
 class PeerUnreachable(TransferError):
-    """The prefill agent cannot be reached, or its control connection was lost."""
+    """The prefill agent cannot be reached, or its control connection was lost. `gone`: its process has surely ended."""
 
     code = "peer_unreachable"
+
+    def __init__(self, message: str, *, gone: bool = False) -> None:
+        super().__init__(message)
+        self.gone = gone
 
 
 class ReadFailed(TransferError):

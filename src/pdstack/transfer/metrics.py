@@ -26,6 +26,21 @@ class TransferMetrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self.held = Counter(
+            "pdstack_kv_held_bytes", "KV bytes that decode had already and did not move", ("peer",), registry=registry
+        )
+        self.resumes = Counter(
+            "pdstack_kv_resumes", "Transfers that went on after a lost connection", ("peer",), registry=registry
+        )
+        self.retries = Counter(
+            "pdstack_kv_retries",
+            "Transfers of which blocks came wrong and were read again",
+            ("peer",),
+            registry=registry,
+        )
+        self.path_changes = Counter(
+            "pdstack_kv_path_changes", "Changes of the path in use", ("peer", "before", "after"), registry=registry
+        )
         self.connects = Histogram(
             "pdstack_kv_connect_seconds",
             "Time to connect to a prefill worker: handshake and backend",

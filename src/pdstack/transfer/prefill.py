@@ -5,21 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from asyncio import StreamReader, StreamWriter
 from base64 import b64encode
 from collections.abc import Sequence
 from typing import Any
 
 from pdstack.transfer.agent import TransferAgent
+from pdstack.transfer.audit import digest
 from pdstack.transfer.backends import Exporter, open_exporter
 from pdstack.transfer.channel import MISSED_HEARTBEATS, Channel, accept, close_writer
-from pdstack.transfer.checksum import checksum_blocks
 from pdstack.transfer.errors import ProtocolError, Refused, TicketError, TransferError
-from pdstack.transfer.exports import ExportBook, OnRelease
+from pdstack.transfer.exports import Export, ExportBook, OnRelease, Reader, announcements
 from pdstack.transfer.layout import check_blocks
 from pdstack.transfer.paths import Offers
 from pdstack.transfer.roles import ReleaseReason, Role
-from pdstack.transfer.ticket import Ticket, issue, verify
+from pdstack.transfer.ticket import MAX_BLOCKS, Ticket, issue, verify
 from pdstack.transfer.wire import Message
 
 _log = logging.getLogger(__name__)
@@ -38,14 +39,14 @@ class PrefillAgent(TransferAgent):
     async def start(self) -> None:
         """See :class:`TransferAgent`."""
         loop = asyncio.get_running_loop()
-        self._book = ExportBook(loop.time)
+        self._book = ExportBook(loop.time, self.config.resume_s, self._released)
         self._timer: asyncio.TimerHandle | None = None
         self._strangers = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        self._peers: dict[Channel, str] = {}
+        self._channels: dict[object, Channel] = {}
         self._idle = asyncio.Event()
         self._idle.set()
-        self._exporter = await asyncio.to_thread(open_exporter, self.config.backend, self.name, self._view)
+        self._exporter = await asyncio.to_thread(open_exporter, self.config.backend, self.name, self._store.view)
         try:
             self._offers = await asyncio.to_thread(
                 Offers.open,
@@ -55,6 +56,8 @@ class PrefillAgent(TransferAgent):
                 listen_host=self.config.listen_host,
                 advertise=self.config.advertise,
                 patience_s=self.config.read_timeout_s,
+                stream_port=self.config.stream_port,
+                shared_directory=self.config.shared_directory,
             )
         except BaseException:
             self._exporter.close()
@@ -70,7 +73,13 @@ class PrefillAgent(TransferAgent):
         _log.info("prefill agent %s exports KV over %s, control port %d", self.name, over, self.port)
 
     def export(
-        self, request_id: str, blocks: Sequence[int], tokens: int, first_token: int, on_release: OnRelease
+        self,
+        request_id: str,
+        blocks: Sequence[int],
+        tokens: int,
+        first_token: int | None,
+        on_release: OnRelease,
+        generations: Sequence[int] | None = None,
     ) -> Ticket:
         """See :class:`TransferAgent`."""
         self._book.check_new(request_id)
@@ -79,6 +88,8 @@ class PrefillAgent(TransferAgent):
             raise ValueError(
                 f"{tokens} tokens in {len(blocks)} blocks of {self.layout.block_size}, wanted 1 to all of them"
             )
+        if generations is None:
+            generations = self._generations(blocks) if self._generations is not None else [0] * len(blocks)
         ticket = issue(
             self.config.cluster_key,
             ttl_s=self.config.ticket_ttl_s,
@@ -89,22 +100,90 @@ class PrefillAgent(TransferAgent):
             port=self.port,
             backend=self.config.backend,
             blocks=tuple(int(block) for block in blocks),
+            generations=tuple(int(generation) for generation in generations),
             tokens=tokens,
-            first_token=first_token,
             layout=self._fingerprint,
-            checksum=checksum_blocks(self._pool, blocks),
             audience=self._identity.audience,
         )
-
-        def released(released_id: str, reason: ReleaseReason) -> None:
-            self.metrics.releases.labels(reason.value).inc()
-            if reason is not ReleaseReason.READ:
-                _log.info("export of request %s was released: %s", released_id, reason.value)
-            on_release(released_id, reason)
-
-        self._book.offer(ticket, self.config.ticket_ttl_s, released)
+        self._book.offer(ticket, self.config.ticket_ttl_s, on_release)
+        if first_token is not None:
+            self.complete(request_id, first_token)
         self._changed()
         return ticket
+
+    def advance(self, request_id: str, ready: int) -> None:
+        """See :class:`TransferAgent`."""
+        export = self._book.of_request(request_id)
+        if export is None:
+            return
+        blocks = export.ticket.blocks[export.final : ready]
+        if blocks:
+            # Hashed at once: whatever happens to these bytes later is found out.
+            export.hashes += self._store.hashes(blocks).tolist()
+            self._tell(export)
+
+    def complete(self, request_id: str, first_token: int) -> None:
+        """See :class:`TransferAgent`."""
+        export = self._book.of_request(request_id)
+        if export is not None:
+            self.advance(request_id, len(export.ticket.blocks))
+            export.first_token = first_token
+            self._tell(export)
+
+    def fail(self, request_id: str, reason: str) -> None:
+        """See :class:`TransferAgent`."""
+        export = self._book.of_request(request_id)
+        if export is not None:
+            self._end(export, ReleaseReason.UNCOMPUTED, reason)
+
+    def _end(self, export: Export, reason: ReleaseReason, why: str) -> None:
+        """Release an export that cannot be read any more, and tell its reader."""
+        if export.reader is not None and not export.suspended:
+            channel = self._channels[export.reader.channel]
+            channel.send({"type": "failed", "nonce": export.ticket.nonce, "reason": why[:300]})
+        self._book.release(export, reason)
+        self._changed()
+
+    def _tell(self, export: Export) -> None:
+        """Announce to the reader what it may read, if there is a reader."""
+        if export.reader is not None and not export.suspended:
+            self._announce(self._channels[export.reader.channel])
+
+    def _announce(self, channel: Channel) -> None:
+        """What became final since, request by request, as far as the window of this reader goes."""
+        exports = list(self._book.of_channel(channel))
+        for export, first, last in announcements(exports, self.layout.block_bytes, self.config.window_bytes):
+            hashes = export.hashes[first:last]
+            channel.send({"type": "ready", "nonce": export.ticket.nonce, "first": first, "hashes": hashes})
+        for export in exports:
+            if export.complete and export.announced == len(export.ticket.blocks) and not export.closing_sent:
+                export.closing_sent = True
+                token = export.first_token
+                channel.send({"type": "computed", "nonce": export.ticket.nonce, "first_token": token})
+
+    def _stale(self, ticket: Ticket) -> bool:
+        """True if a block has had another owner since the ticket was issued."""
+        return self._generations is not None and tuple(self._generations(ticket.blocks)) != ticket.generations
+
+    def _released(self, export: Export, reason: ReleaseReason) -> None:
+        """Once for every export: the record of it."""
+        self.metrics.releases.labels(reason.value).inc()
+        if reason is not ReleaseReason.READ:
+            _log.info("export of request %s was released: %s", export.ticket.request_id, reason.value)
+        reader = export.reader
+        self.audit.record(
+            "export",
+            request=export.ticket.request_id,
+            peer=reader.name if reader else None,
+            peer_incarnation=reader.incarnation if reader else None,
+            blocks=list(export.ticket.blocks),
+            generations=list(export.ticket.generations),
+            final=export.final,
+            bytes=export.announced * self.layout.block_bytes,
+            hash=digest(export.hashes),
+            seconds=round(time.time() - export.ticket.issued_at, 3),
+            verdict="ok" if reason is ReleaseReason.READ else reason.value,
+        )
 
     async def withdraw(self, request_id: str) -> bool:
         """See :class:`TransferAgent`."""
@@ -161,14 +240,17 @@ class PrefillAgent(TransferAgent):
         except TransferError as error:
             peer = writer.get_extra_info("peername")
             self.metrics.rejected_connections.labels(error.code).inc()
+            self.audit.record(
+                "rejected", address=peer[0] if peer else None, verdict=error.code, reason=f"{error!s:.300}"
+            )
             _log.warning("control connection from %s was refused: %s", peer[0] if peer else "?", error)
             return None
         finally:
             self._strangers -= 1
 
     async def _converse(self, channel: Channel) -> None:
-        self._peers[channel] = channel.peer.name
-        self.metrics.peers.set(len(self._peers))
+        self._channels[channel] = channel
+        self.metrics.peers.set(len(self._channels))
         _log.info("decode agent %s connected", channel.peer.name)
         reason: object = "it closed the connection"
         try:
@@ -179,6 +261,7 @@ class PrefillAgent(TransferAgent):
                     "layout": self._fingerprint,
                     "block_bytes": self.layout.block_bytes,
                     "num_blocks": self.layout.num_blocks,
+                    "hashing": self._store.hashing,
                     "metadata": b64encode(self._exporter.metadata()).decode(),
                     "paths": self._offers.wire(),
                 }
@@ -188,9 +271,10 @@ class PrefillAgent(TransferAgent):
         except TransferError as error:
             reason = error
         finally:
-            del self._peers[channel]
-            self.metrics.peers.set(len(self._peers))
-            self._book.lost(channel)
+            del self._channels[channel]
+            self.metrics.peers.set(len(self._channels))
+            for export in self._book.lost(channel):
+                self.audit.record("suspended", request=export.ticket.request_id, peer=channel.peer.name)
             self._changed()
             _log.info("decode agent %s is gone: %s", channel.peer.name, reason)
 
@@ -203,20 +287,27 @@ class PrefillAgent(TransferAgent):
             case "begin":
                 reply = {"id": message.get("id")}
                 try:
-                    self._book.grant(self._checked(message), channel)
+                    export = self._grant(channel, message)
                 except TicketError as error:
                     self.metrics.refusals.labels(error.code).inc()
                     _log.warning("refused %s: %s", channel.peer.name, error)
+                    self.audit.record(
+                        "refused",
+                        peer=channel.peer.name,
+                        peer_incarnation=channel.peer.incarnation,
+                        verdict=error.code,
+                        reason=str(error),
+                    )
                     channel.send({"type": "refused", "code": error.code, "reason": str(error), **reply})
                 else:
                     channel.send({"type": "granted", **reply})
+                    self._tell(export)
                 self._changed()
+            case "ack":
+                self._book.acknowledge(str(message.get("nonce")), channel, _count(message, "count"))
+                self._announce(channel)
             case "done":
-                ticket = self._book.finish(str(message.get("nonce")), channel, message.get("ok") is True)
-                if ticket is not None and message.get("ok") is True:
-                    self.metrics.exported_bytes.labels(channel.peer.name).inc(
-                        len(ticket.blocks) * self.layout.block_bytes
-                    )
+                self._finish(channel, str(message.get("nonce")), message.get("ok") is True)
                 self._changed()
             case "discard":
                 with contextlib.suppress(TicketError):
@@ -224,6 +315,34 @@ class PrefillAgent(TransferAgent):
                 self._changed()
             case other:
                 raise ProtocolError(f"{channel.peer.name} sent {other!r:.40}, which prefill does not know")
+
+    def _grant(self, channel: Channel, message: Message) -> Export:
+        """Raises :class:`TicketError`."""
+        ticket, begin = self._checked(message), _count(message, "from")
+        export = self._book.grant(ticket, Reader(channel.peer.name, channel.peer.incarnation, channel))
+        if self._stale(ticket):
+            _log.error("request %s: its blocks were given away while they were exported", ticket.request_id)
+            self._end(export, ReleaseReason.STALE, "the blocks were given away while they were exported")
+            raise Refused(
+                f"the blocks of request {ticket.request_id!r} are not what they were when it was issued",
+                code="generation",
+            )
+        # A reader that comes back has the hashes of so many blocks already, and takes no more room in its window.
+        export.announced = export.acknowledged = min(begin, export.final)
+        return export
+
+    def _finish(self, channel: Channel, nonce: str, ok: bool) -> None:
+        export = self._book.held(nonce, channel)
+        if export is None:
+            return
+        if ok and self._stale(export.ticket):
+            # The bytes that decode has are right, for their hashes were taken in time; the next reader's would not be.
+            _log.error("request %s: its blocks were given away while they were read", export.ticket.request_id)
+            self._book.release(export, ReleaseReason.STALE)
+            return
+        if ok:
+            self.metrics.exported_bytes.labels(channel.peer.name).inc(export.announced * self.layout.block_bytes)
+        self._book.release(export, ReleaseReason.READ if ok else ReleaseReason.FAILED)
 
     def _checked(self, message: Message) -> Ticket:
         """The ticket in a message, if we issued it. Raises :class:`TicketError`."""
@@ -246,6 +365,7 @@ class PrefillAgent(TransferAgent):
         await asyncio.to_thread(self._offers.close)
         await asyncio.to_thread(self._exporter.close)
         self._book.close()
+        self.audit.close()
 
     def stats(self) -> dict[str, Any]:
         """Exports held now by state, and the decode workers connected."""
@@ -257,5 +377,13 @@ class PrefillAgent(TransferAgent):
             "backend": self.config.backend,
             "paths": self._offers.names,
             "exports": {"offered": offered, "granted": granted},
-            "peers": sorted(self._peers.values()),
+            "peers": sorted(channel.peer.name for channel in self._channels.values()),
         }
+
+
+def _count(message: Message, field: str) -> int:
+    """A number of blocks in a message. Raises :class:`ProtocolError`."""
+    value = message.get(field)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_BLOCKS:
+        raise ProtocolError(f"{field} is {value!r:.40}, wanted a number of blocks")
+    return value

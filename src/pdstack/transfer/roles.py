@@ -20,5 +20,7 @@ class ReleaseReason(StrEnum):
     DISCARDED = "discarded"  # decode does not need them
     WITHDRAWN = "withdrawn"  # prefill took the offer back before it was taken up
     EXPIRED = "expired"  # nobody asked before the deadline
-    PEER_LOST = "peer_lost"  # the reader's control connection is gone: whatever it still reads it will not use
+    PEER_LOST = "peer_lost"  # the reader's connection is gone and it did not come back in time
+    UNCOMPUTED = "uncomputed"  # the prompt could not be computed
+    STALE = "stale"  # the blocks were given to somebody else under the export: a defect of the engine
     CLOSED = "closed"  # the agent was closed

@@ -1,8 +1,10 @@
 """Tickets: the permission to fetch one request's KV once. They travel in `disaggregated_params["kv_transfer_params"]`.
 
-A ticket says which blocks, of which layout, with which checksum, until when and for whom, and carries a MAC by the
-cluster key. It is not a capability to memory: that (the backend's metadata) is given only over an authenticated
-control connection, and prefill checks the ticket again before it grants a read.
+A ticket is a signed capability: which blocks in which generation, of which layout, in which direction, until when and
+for whom. It opens nothing alone: the means to read memory are given only over an authenticated control connection, and
+there prefill checks the ticket again. Whoever of its audience asks first is the one instance it is good for; that
+instance, and no other, may ask again after a lost connection. The blocks' hashes and the first token are not in it,
+because the prompt may still be being computed when it is issued: they come over the control connection.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from typing import Any
 from pdstack.transfer.errors import TicketError
 from pdstack.transfer.keys import ClusterKey
 
-VERSION = 1
+VERSION = 2
+# The only way that KV moves.
+DIRECTION = "prefill>decode"
 MAX_BLOCKS = 1 << 16
 MAX_TEXT = 512
 
@@ -33,11 +37,11 @@ class Ticket:
     host: str
     port: int
     backend: str
+    direction: str
     blocks: tuple[int, ...]
+    generations: tuple[int, ...]
     tokens: int
-    first_token: int
     layout: str
-    checksum: str
     audience: str
     issued_at: float
     expires_at: float
@@ -48,7 +52,7 @@ class Ticket:
     def to_wire(self) -> dict[str, Any]:
         """A JSON-able dict; :meth:`from_wire` reads it back."""
         wire: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        wire["blocks"] = list(self.blocks)
+        wire["blocks"], wire["generations"] = list(self.blocks), list(self.generations)
         return wire
 
     @classmethod
@@ -72,7 +76,10 @@ class Ticket:
         values: dict[str, Any] = {}
         for name, kind in known.items():
             values[name] = _CHECKS[kind](name, wire[name])
-        return cls(**values)
+        ticket = cls(**values)
+        if len(ticket.generations) != len(ticket.blocks):
+            raise _malformed(f"{len(ticket.blocks)} blocks and {len(ticket.generations)} generations")
+        return ticket
 
     def signed(self, key: ClusterKey) -> Ticket:
         """The same ticket with its MAC."""
@@ -85,12 +92,17 @@ def new_nonce() -> str:
 
 
 def verify(ticket: Ticket, key: ClusterKey, *, audience: str, layout: str) -> None:
-    """Check what a decode agent can check alone: MAC, audience, layout. Raises :class:`TicketError`."""
+    """Check what either end can check alone: MAC, direction, audience, layout. Raises :class:`TicketError`."""
     if not hmac.compare_digest(ticket.mac.encode(), _mac(ticket, key).encode()):
         raise TicketError(
             f"ticket of request {_show(ticket.request_id)} is not signed with this cluster's key: it is forged, "
             "altered, or the workers have different keys",
             code="forged",
+        )
+    if ticket.direction != DIRECTION:
+        raise TicketError(
+            f"ticket of request {_show(ticket.request_id)} is for {_show(ticket.direction)}, wanted {DIRECTION!r}",
+            code="direction",
         )
     if ticket.audience != audience:
         raise TicketError(
@@ -116,7 +128,9 @@ def issue(
     # Whole milliseconds: the router parses and prints the ticket as JSON, and its parser (serde_json) changes the last
     # bit of numbers with more than 15 digits now and then. The MAC would then not match any more.
     now = round(time.time(), 3)
-    return Ticket(issued_at=now, expires_at=round(now + ttl_s, 3), nonce=new_nonce(), **values).signed(key)
+    return Ticket(
+        issued_at=now, expires_at=round(now + ttl_s, 3), nonce=new_nonce(), direction=DIRECTION, **values
+    ).signed(key)
 
 
 def _mac(ticket: Ticket, key: ClusterKey) -> str:

@@ -27,7 +27,7 @@ from pdstack.transfer.errors import AuthenticationFailed, ProtocolError
 from pdstack.transfer.keys import ClusterKey
 from pdstack.transfer.roles import Role
 
-VERSION = 1
+VERSION = 2
 MAX_GREETING = 4096
 MAX_FRAME = 4 << 20
 MAC_BYTES = 32

@@ -90,14 +90,16 @@ class DecodeHandler(Handler):
     async def work(self, job: Job, wanted: Request) -> None:
         """Give the first token, which prefill chose, then one item a step."""
         ticket = ticket_of(job, wanted)
-        await self._fetch(ticket, wanted, job)
-        async for step in self.engine.decode(wanted, ticket.first_token):
+        first_token = await self._fetch(ticket, wanted, job)
+        async for step in self.engine.decode(wanted, first_token):
             job.check()
             job.give(step.token_ids, step.finish_reason)
         job.check()
 
-    async def _fetch(self, ticket: Ticket, wanted: Request, job: Job) -> None:
-        """Bring the prompt's KV cache into blocks of our own; on any error nothing stays reserved."""
+    async def _fetch(self, ticket: Ticket, wanted: Request, job: Job) -> int:
+        """Bring the prompt's KV cache into blocks of our own; returns the first token. On any error nothing stays
+        reserved.
+        """
         try:
             blocks = await self.engine.reserve(wanted)
             job.check()
@@ -123,6 +125,7 @@ class DecodeHandler(Handler):
             "backend": report.backend,
             "transport": report.transport,
         }
+        return report.first_token
 
     def _unreserve_later(self, key: str, error: TransferError) -> None:
         self.engine.quarantine(key)

@@ -81,7 +81,7 @@ def test_tokens_are_those_of_one_engine_and_never_of_other_memory(
                 blocks = await target.reserve(request)
                 report = await decode.fetch(ticket, blocks)
                 assert (report.backend, report.transport) == ("path", path)
-                found = [token async for step in target.decode(request, ticket.first_token) for token in step.token_ids]
+                found = [token async for step in target.decode(request, report.first_token) for token in step.token_ids]
                 assert found == wanted
             # Memory that changes under an export: no token comes of it.
             request = greedy("changed", prompt(100), 12)

@@ -68,7 +68,8 @@ def test_reads_random_blocks_and_exits_cleanly(start: Start, path: str) -> None:
     assert {reason for _, reason in prefill.call("releases")} == {"read"}
     assert prefill.call("stats")["paths"] == (list(PATHS) if path == "auto" else [path])
     stats = decode.call("stats")
-    assert (stats["backend"], stats["path"], stats["peers"][0]["transports"]) == ("path", path, [taken])
+    assert (stats["backend"], stats["path"], stats["peers"][0]["transports"]) == ("ucx", path, [taken])
+    assert stats["peers"][0]["paths"] == (["shared", "cma", "backend", "stream"] if path == "auto" else [path])
     # The memory changed after the export: decode must not take it for the prompt's KV.
     wire = prefill.call("export", "corrupted", [1, 2, 3])
     prefill.call("poke", 2, 42.0)
@@ -137,22 +138,52 @@ def test_frozen_prefill_never_writes_later(start: Start, path: str) -> None:
     assert (decode.close(), prefill.close()) == (0, 0)
 
 
-@pytest.mark.parametrize(("offered", "wanted"), [("backend", "shared"), ("cma", "stream"), ("backend", "auto")])
+@pytest.mark.parametrize(("offered", "wanted"), [("backend", "shared"), ("cma", "stream")])
 def test_a_path_that_cannot_be_had_is_an_error_and_no_other_is_taken(start: Start, offered: str, wanted: str) -> None:
     prefill, decode = pair(start, offered, wanted)
     outcome = decode.call("fetch", prefill.call("export", "r", [1]), [1])
     assert (outcome["error"], outcome["code"]) == ("PathUnavailable", "path_unavailable")
     assert "prefill-0 does not offer it" in outcome["text"]
-    assert decode.call("stats")["backend"] == "path"
     assert decode.call("stats")["failures"] == 1
+    assert decode.call("stats")["bytes"] == 0
 
 
-@pytest.mark.parametrize(("offered", "wanted", "taken"), [("cma", "auto", "cma"), ("stream", "auto", "stream")])
-def test_auto_takes_the_first_that_connects(start: Start, offered: str, wanted: str, taken: str) -> None:
-    prefill, decode = pair(start, offered, wanted)
+@pytest.mark.parametrize(
+    ("offered", "order", "taken"),
+    [
+        ("cma", [], ("path", "cma")),
+        ("backend", [], ("ucx", "cma")),
+        ("stream", [], ("ucx", "cma")),
+        ("stream", ["stream"], ("path", "stream")),
+        ("auto", ["cma", "stream"], ("path", "cma")),
+    ],
+)
+def test_auto_takes_the_first_in_the_measured_order(
+    start: Start, offered: str, order: list[str], taken: tuple[str, str]
+) -> None:
+    prefill = start("prefill", offered)
+    decode = start("decode", "auto", order={"prefill-0": order})
+    prefill.call("fill", 1)
     report = decode.call("fetch", prefill.call("export", "r", [1]), [2])
-    assert (report["backend"], report["transport"]) == ("path", taken)
+    assert (report["backend"], report["transport"]) == taken
     assert prefill.call("block", 1) == decode.call("block", 2)
+
+
+def test_auto_looks_at_the_other_paths_now_and_then(start: Start) -> None:
+    prefill = start("prefill", "auto", layout=LARGE)
+    decode = start("decode", "auto", layout=LARGE, recheck_every=2)
+    prefill.call("fill", 1)
+    used = []
+    for number in range(12):
+        blocks = list(range(8 * number, 8 * number + 8))
+        report = decode.call("fetch", prefill.call("export", f"r{number}", blocks), blocks)
+        assert report.get("error") is None, report
+        used.append((report["backend"], report["transport"]))
+    # The path in use may change on the way, for what is measured here is real.
+    assert {("path", "shared"), ("path", "cma"), ("path", "stream"), ("ucx", "cma")} <= set(used)
+    rates = decode.call("stats")["peers"][0]["bytes_per_second"]
+    assert set(rates) == {"shared", "cma", "backend", "stream"}
+    assert all(prefill.call("block", block) == decode.call("block", block) for block in range(0, 96, 7))
 
 
 def test_prefill_with_paths_still_serves_over_its_backend(start: Start) -> None:
@@ -194,7 +225,8 @@ def test_private_memory_is_not_offered_as_shared(caplog: pytest.LogCaptureFixtur
 
 def test_the_backend_alone_offers_no_path() -> None:
     assert offer("backend", allocate_pool(SMALL)).wire() == {}
-    assert [paths_of(choice) for choice in ("backend", "cma", "auto")] == [(), ("cma",), PATHS]
+    assert [paths_of(choice) for choice in ("backend", "cma")] == [("backend",), ("cma",)]
+    assert set(paths_of("auto")) == {"backend", *PATHS}
 
 
 def test_offers_are_checked_when_they_arrive() -> None:

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdstack.transfer import KVLayout, LayoutMismatch, allocate_pool
-from pdstack.transfer.checksum import checksum_blocks
 from pdstack.transfer.layout import check_blocks, check_pool, plan_runs
 
 LAYOUT = KVLayout(num_blocks=8, num_layers=2, block_size=4, num_kv_heads=2, head_dim=4, model_id="m")
@@ -89,24 +88,6 @@ def test_pool_is_what_the_layout_says() -> None:
 def test_other_pools_are_refused(pool: Any) -> None:
     with pytest.raises(LayoutMismatch):
         check_pool(LAYOUT, pool)
-
-
-@given(st.lists(st.integers(0, 7), min_size=1, max_size=12))
-def test_checksum_is_of_the_bytes_in_order_however_they_lie(blocks: list[int]) -> None:
-    pool = allocate_pool(LAYOUT)
-    pool[...] = np.arange(pool.size, dtype=np.float32).reshape(pool.shape)
-    copy = allocate_pool(replace(LAYOUT, num_blocks=len(blocks)))
-    copy[...] = pool[blocks]
-    assert checksum_blocks(pool, blocks) == checksum_blocks(copy, range(len(blocks)))
-
-
-def test_checksum_notices_one_bit_and_order() -> None:
-    pool: Any = allocate_pool(LAYOUT)
-    pool[...] = np.arange(pool.size, dtype=np.float32).reshape(pool.shape)
-    before = checksum_blocks(pool, [1, 2])
-    assert checksum_blocks(pool, [2, 1]) != before
-    pool[2].view(np.uint32).reshape(-1)[-1] ^= 1
-    assert checksum_blocks(pool, [1, 2]) != before
 
 
 @pytest.mark.parametrize("change", [{"num_blocks": 0}, {"block_size": -1}, {"head_dim": 1.5}, {"dtype": "float33"}])

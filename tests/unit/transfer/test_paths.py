@@ -20,11 +20,12 @@ import pytest
 from path_pair import PATHS, Prefill, connect, identity
 
 from pdstack.transfer.errors import AuthenticationFailed, ChecksumMismatch, ReadFailed, TransferError
-from pdstack.transfer.paths import HASH_UNIT, CmaPeer, Region, SharedPeer, SharedPool, StreamExporter, copying
+from pdstack.transfer.paths import CmaPeer, Region, SharedPeer, SharedPool, StreamExporter, copying
 from pdstack.transfer.paths.copying import LocalCopy, Mover, Vectors
 from pdstack.transfer.paths.shared import SEALS, SharedExporter, receive
 from pdstack.transfer.plan import Plan, blocks, merge, split
 from pdstack.transfer.roles import Role
+from pdstack.transfer.store import HASH_UNIT
 
 POOL = 24 << 20
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -29,10 +29,8 @@ contents = st.fixed_dictionaries(
         "backend": text,
         "blocks": st.lists(whole, min_size=1, max_size=40).map(tuple),
         "tokens": whole,
-        "first_token": whole,
-        "checksum": text,
     }
-)
+).map(lambda values: {**values, "generations": values["blocks"][::-1]})
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | text,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(text, inner, max_size=4),
@@ -53,9 +51,8 @@ PLAIN = make(
         "port": 1,
         "backend": "ucx",
         "blocks": (1, 2),
+        "generations": (7, 8),
         "tokens": 20,
-        "first_token": 5,
-        "checksum": "c",
     }
 )
 
@@ -97,9 +94,21 @@ def test_is_good_for_one_cluster_audience_and_layout(key: ClusterKey, audience: 
     assert refused.value.code == code
 
 
+def test_is_good_for_one_direction() -> None:
+    other = replace(PLAIN, direction="decode>prefill").signed(KEY)
+    with pytest.raises(TicketError) as refused:
+        verify(other, KEY, audience=AUDIENCE, layout=LAYOUT)
+    assert refused.value.code == "direction"
+
+
+def test_every_block_has_its_generation() -> None:
+    with pytest.raises(TicketError, match="2 blocks and 1 generations"):
+        Ticket.from_wire({**PLAIN.to_wire(), "generations": [7]})
+
+
 def test_no_two_tickets_are_equal() -> None:
     values = {f.name: getattr(PLAIN, f.name) for f in fields(PLAIN)}
-    for name in ("issued_at", "expires_at", "nonce", "mac", "version", "audience", "layout"):
+    for name in ("issued_at", "expires_at", "nonce", "mac", "version", "direction", "audience", "layout"):
         del values[name]
     assert make(values).nonce != make(values).nonce
 

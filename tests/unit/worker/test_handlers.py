@@ -31,9 +31,8 @@ def make_ticket(request_id: str = "r#1", **changes: Any) -> Ticket:
         "backend": "ucx",
         "blocks": (4,),
         "tokens": len(PROMPT),
-        "first_token": 50,
+        "generations": (0,),
         "layout": "l",
-        "checksum": "c",
         "audience": "ns/tiny",
     }
     return issue(KEY, ttl_s=60, **{**values, **changes})
@@ -101,7 +100,7 @@ class Agent:
         self.calls.append(f"fetch {ticket.request_id} {blocks}")
         if self.error is not None:
             raise self.error
-        return SimpleNamespace(bytes=10, seconds=0.5, read_seconds=0.2, backend="ucx", transport="tcp")
+        return SimpleNamespace(bytes=10, seconds=0.5, read_seconds=0.2, backend="ucx", transport="tcp", first_token=50)
 
     async def discard(self, ticket: Ticket) -> None:
         self.calls.append(f"discard {ticket.request_id}")

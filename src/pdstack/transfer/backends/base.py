@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from threading import Event
 
 from pdstack.transfer.errors import BackendUnavailable, ReadFailed
-from pdstack.transfer.layout import PoolView, Run
+from pdstack.transfer.layout import PoolView, Run, plan_runs
+from pdstack.transfer.store import Hashes
 from pdstack.transfer.transport import UNKNOWN, Transport, UcxLog
 
 BACKENDS = ("ucx", "nixl")
@@ -66,6 +67,13 @@ class Peer(ABC):
         left `parked`, to be closed once the other side is seen to be well again, or gone. Raises
         :class:`ReadFailed`.
         """
+
+    def read_blocks(self, remote: Sequence[int], local: Sequence[int]) -> Hashes | None:
+        """READ whole blocks, under the same law. Returns the hash of each as it arrived, in the order given, if the
+        copy's own pass could take it (as :meth:`BlockStore.hashes`); None where bytes move without the processor.
+        """
+        self.read(plan_runs(remote, local))
+        return None
 
     @abstractmethod
     def tend(self) -> None:

@@ -6,10 +6,10 @@ process that owns its pool itself. `stream`: prefill pushes over plain sockets t
 shared memory of a pool.
 """
 
-from pdstack.transfer.paths.base import AUTO, BACKEND, CHOICES, HASH_UNIT, PATHS, PathPeer, Region, hash_pieces
+from pdstack.transfer.paths.base import AUTO, BACKEND, CHOICES, PATHS, PathPeer, Region, hash_pieces
 from pdstack.transfer.paths.cma import CmaExporter, CmaPeer
 from pdstack.transfer.paths.offers import Offers, read_offers
-from pdstack.transfer.paths.routes import PathImporter, PathReader
+from pdstack.transfer.paths.routes import Importers, PathReader, Routes
 from pdstack.transfer.paths.shared import SharedExporter, SharedPeer, SharedPool
 from pdstack.transfer.paths.stream import StreamExporter, StreamPeer
 
@@ -17,15 +17,15 @@ __all__ = [
     "AUTO",
     "BACKEND",
     "CHOICES",
-    "HASH_UNIT",
     "PATHS",
     "CmaExporter",
     "CmaPeer",
+    "Importers",
     "Offers",
-    "PathImporter",
     "PathPeer",
     "PathReader",
     "Region",
+    "Routes",
     "SharedExporter",
     "SharedPeer",
     "SharedPool",

@@ -12,24 +12,20 @@ import xxhash
 
 from pdstack.transfer.errors import ReadFailed
 from pdstack.transfer.plan import Offsets, Plan
+from pdstack.transfer.store import Hashes
 
-Hashes = npt.NDArray[np.uint64]
-
-# The own paths, fastest first, as measured by benchmarks/kv_paths.py. What `transfer.path` may be: the backend alone,
-# one of the paths, or the first of them that connects.
+# The own paths. What `transfer.path` may be: the backend alone, one of the paths, or the best of all that connect.
 PATHS = ("shared", "cma", "stream")
 BACKEND, AUTO = "backend", "auto"
 CHOICES = (BACKEND, *PATHS, AUTO)
+# In which order ``auto`` tries them where nothing was measured: fastest first on one host (benchmarks/kv_paths.py), and
+# between hosts the backend before plain TCP, because it may have RDMA.
+ORDER = ("shared", "cma", BACKEND, "stream")
 
 
 def paths_of(choice: str) -> tuple[str, ...]:
-    """The paths to try for a choice, in order."""
-    return PATHS if choice == AUTO else () if choice == BACKEND else (choice,)
-
-
-# A plan is hashed in pieces of at most so many bytes (`plan.split`): small enough to be still in the core's own cache
-# after the copy, so that hashing costs no second trip to memory.
-HASH_UNIT = 256 << 10
+    """The paths, and the backend, that a choice allows, in the order in which they are tried."""
+    return ORDER if choice == AUTO else (choice,)
 
 
 class Region(NamedTuple):

@@ -17,9 +17,10 @@ import numpy as np
 
 from pdstack.transfer.backends.base import Exporter
 from pdstack.transfer.errors import ReadFailed
-from pdstack.transfer.paths.base import Hashes, PathPeer, Region
+from pdstack.transfer.paths.base import PathPeer, Region
 from pdstack.transfer.paths.copying import THREADS, Mover, Vectors
 from pdstack.transfer.plan import Plan, merge
+from pdstack.transfer.store import Hashes
 
 
 def _started(pid: int) -> str:

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pdstack.transfer.errors import ReadFailed
-from pdstack.transfer.paths.base import HASH_UNIT, Hashes, Region, aborted, hash_spans
+from pdstack.transfer.paths.base import Region, aborted, hash_spans
 from pdstack.transfer.plan import Offsets, Plan, ranges, split
+from pdstack.transfer.store import HASH_UNIT, Hashes
 
 # What one thread copies before it looks for more work, or whether it was told to stop: much where nothing is hashed;
 # little where short pieces are, so that they are still in the shared cache; one piece where they are long.

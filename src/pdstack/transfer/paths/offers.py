@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pdstack.transfer.backends.base import Exporter
 from pdstack.transfer.channel import Identity
 from pdstack.transfer.errors import PathUnavailable, ProtocolError, TransferError
-from pdstack.transfer.paths.base import AUTO, PATHS, Region, paths_of
+from pdstack.transfer.paths.base import AUTO, BACKEND, PATHS, Region, paths_of
 from pdstack.transfer.paths.cma import CmaExporter
 from pdstack.transfer.paths.pools import shared_pool
 from pdstack.transfer.paths.shared import SharedExporter
@@ -40,30 +40,33 @@ class Offers:
         listen_host: str,
         advertise: str,
         patience_s: float,
+        stream_port: int = 0,
+        shared_directory: str = "",
     ) -> Offers:
         """What `path` (see :data:`CHOICES`) needs of prefill; nothing for ``backend``.
 
-        Raises :class:`PathUnavailable` if the named path cannot be offered, or with ``auto`` if none can; there each
-        one that cannot is logged with its reason. `patience_s`: how long a stream waits for a silent reader.
+        Raises :class:`PathUnavailable` if the named path cannot be offered; with ``auto`` each one that cannot is
+        logged with its reason, and the backend is left. `patience_s`: how long a stream waits for a silent reader.
         """
         makers: dict[str, Callable[[], Exporter]] = {
-            "shared": lambda: SharedExporter(shared_pool(pool)),
+            "shared": lambda: SharedExporter(shared_pool(pool), shared_directory or None),
             "cma": lambda: CmaExporter(Region.of(pool)),
             "stream": lambda: StreamExporter(
-                Region.of(pool), identity, listen_host, advertise=advertise, patience_s=patience_s
+                Region.of(pool), identity, listen_host, stream_port, advertise=advertise, patience_s=patience_s
             ),
         }
         exporters: dict[str, Exporter] = {}
-        refusals: list[str] = []
         for name in paths_of(path):
+            if name == BACKEND:
+                continue
             try:
                 exporters[name] = makers[name]()
             except (OSError, TransferError) as error:
-                refusals.append(f"{name}: {error}")
-                if path == AUTO:
-                    _log.warning("KV is not offered over path %s: %s", name, error)
-        if refusals and not exporters:
-            raise PathUnavailable(f"kv_transfer_path is {path!r}, and KV cannot be offered over {'; '.join(refusals)}")
+                if path != AUTO:
+                    raise PathUnavailable(
+                        f"kv_transfer_path is {path!r}, and KV cannot be offered over {name}: {error}"
+                    ) from error
+                _log.warning("KV is not offered over path %s: %s", name, error)
         return cls(exporters)
 
     @property

@@ -32,9 +32,10 @@ import numpy.typing as npt
 
 from pdstack.transfer.backends.base import Exporter
 from pdstack.transfer.errors import BackendUnavailable, ReadFailed
-from pdstack.transfer.paths.base import Hashes, PathPeer, Region
+from pdstack.transfer.paths.base import PathPeer, Region
 from pdstack.transfer.paths.copying import THREADS, LocalCopy, Mover
 from pdstack.transfer.plan import Plan
+from pdstack.transfer.store import Hashes
 
 _log = logging.getLogger(__name__)
 

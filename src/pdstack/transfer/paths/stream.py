@@ -41,9 +41,10 @@ from pdstack.transfer.errors import (
     TransferError,
 )
 from pdstack.transfer.paths import vectored
-from pdstack.transfer.paths.base import HASH_UNIT, Hashes, PathPeer, Region, hash_pieces
+from pdstack.transfer.paths.base import PathPeer, Region, hash_pieces
 from pdstack.transfer.plan import Offsets, Plan, split
 from pdstack.transfer.roles import Role
+from pdstack.transfer.store import HASH_UNIT, Hashes
 from pdstack.transfer.wire import MAX_GREETING, Greeting, Handshake, Message, Seal, dump, encode, frame_length, parse
 
 _log = logging.getLogger(__name__)

@@ -181,13 +181,13 @@ class LLM:
             await agent.discard(ticket)
             raise
         try:
-            await agent.fetch(ticket, blocks)
+            report = await agent.fetch(ticket, blocks)
         except TransferError as error:
             self.engine.quarantine(request.request_id)
             await error.settled()
             self.engine.unreserve(request.request_id)
             raise
-        await self._stream(self.engine.decode(request, ticket.first_token), result, began)
+        await self._stream(self.engine.decode(request, report.first_token), result, began)
 
     async def _generate(self, request: reference.Request, result: GenerationResult) -> None:
         await self._stream(self.engine.generate(request), result, time.monotonic())
