@@ -182,7 +182,7 @@ def test_decode_refuses_forged_and_used_tickets(stack: Stack) -> None:
         "is not signed": {**ticket, "blocks": [block + 1 for block in ticket["blocks"]]},
         "is for request": {**ticket, "request_id": "other#1"},
         "covers 21 tokens": {**ticket, "tokens": 21},
-        "is not a KV ticket": {"hello": "world", "version": 1},
+        "is not a KV ticket": {"hello": "world", "version": 2},
     }
     for message, forged in cases.items():
         params = {"kv_transfer_params": forged}
