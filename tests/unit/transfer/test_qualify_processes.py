@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import secrets
 import signal
 import sys
 import time
@@ -18,7 +17,9 @@ from typing import Any
 import pytest
 
 from pdstack.transfer.qualify.__main__ import main, nbytes
-from pdstack.transfer.qualify.control import End, EndFailed, Wish, _Agent, _path, local, qualify, read_places
+from pdstack.transfer.qualify.control import Keys, Wish, _Agent, _path, qualify
+from pdstack.transfer.qualify.ends import End, EndFailed
+from pdstack.transfer.qualify.places import local, read_places
 from pdstack.transfer.qualify.result import Demand, judge
 from pdstack.transfer.roles import Role
 
@@ -29,7 +30,7 @@ WISH = Wish(("shared", "cma", "stream"), (4096,), 1 << 20, 2, 20)
 def test_every_pair_over_every_own_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, html = tmp_path / "out.json", tmp_path / "out.html"
     files = ["--json", str(out), "--html", str(html)]
-    words = [*SMALL, "--prefill", "2", "--decode", "2", "--backend", "none", "--want", "shared"]
+    words = [*SMALL, "--prefill", "2", "--decode", "2", "--backend", "none", "--want", "shared", "cma"]
     assert main([*words, *files]) == 0
     result = json.loads(out.read_text())
     assert [(pair["prefill"], pair["decode"]) for pair in result["pairs"]] == [
@@ -40,7 +41,7 @@ def test_every_pair_over_every_own_path(tmp_path: Path, capsys: pytest.CaptureFi
             (path, None, 0) for path in ("shared", "cma", "stream")
         ]
         assert all(len(one["sizes"]) == 2 for one in pair["paths"])
-        assert pair["one_host"] and pair["transport"] == "shared" and pair["worst_ratio"] > 0
+        assert pair["one_host"] and pair["transport"] in ("shared", "cma") and pair["worst_ratio"] > 0
     assert "prefill-1 > decode-1" in capsys.readouterr().out and "<svg" in html.read_text()
     assert main([*SMALL, "--path", "shared", "--compare", str(out), "--regression", "0.999"]) == 0
 
@@ -123,14 +124,14 @@ def test_a_namespace_of_its_own_is_found_as_the_cause(kind: str, flags: tuple[st
     apart = dataclasses.replace(here, command=("unshare", *flags, *here.command))
     (pair,) = qualify([local(Role.PREFILL, 0)], [apart], dataclasses.replace(WISH, paths=(wanted,)))
     assert pair.one_host and pair.paths[0].error is not None
-    (problem,) = judge(pair, Demand(path=wanted, want=wanted)).problems
+    (problem,) = judge(pair, Demand(path=wanted, want=(wanted,))).problems
     assert [cause.name for cause in problem.causes] == [f"{wanted} cannot be used", f"{kind} namespace"]
 
 
 @contextlib.contextmanager
 def started() -> Iterator[tuple[_Agent, _Agent]]:
-    key = secrets.token_hex(32)
-    found = tuple(_Agent(local(role, 0), role, 1, key, WISH, os.environ) for role in (Role.PREFILL, Role.DECODE))
+    keys = Keys.new()
+    found = tuple(_Agent(local(role, 0), role, 1, keys, WISH, os.environ) for role in (Role.PREFILL, Role.DECODE))
     for agent in found:
         agent.ready()
     yield found[0], found[1]

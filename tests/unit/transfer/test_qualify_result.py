@@ -54,7 +54,7 @@ def pair(*paths: Measured, one_host: bool = True, decode: Facts = FACTS, names: 
     return PairFound(f"prefill-{names[0]}", f"decode-{names[1]}", one_host, paths, FACTS, decode)
 
 
-SHARED, CMA = path("shared", 0.6, 0.9), path("cma", 0.5, 0.95, gbps=7.0)
+SHARED, CMA = path("shared", 0.6, 0.9), path("cma", 0.5, 0.95, gbps=5.4)
 BROKEN = Measured("shared", error="the socket cannot be opened (read_failed)")
 
 
@@ -64,10 +64,32 @@ def test_the_first_usable_path_is_used_and_the_fastest_is_told() -> None:
     assert verdict.worst() == 0.6 and verdict.limit == "memcpy"
 
 
-def test_auto_takes_no_backend_as_the_agents_do() -> None:
+def test_a_path_that_is_clearly_faster_is_used_and_told_to_the_agents() -> None:
+    fast = path("cma", 0.9, 0.95, gbps=7.0)
+    verdict = judge(pair(SHARED, fast), Demand())
+    assert verdict.chosen is fast and verdict.order == ("cma", "shared")
+    usual = judge(pair(SHARED, CMA), Demand())
+    found = [one["order"] for one in document([verdict, usual], WISH, Demand())["pairs"]]
+    assert found == [["cma", "shared"], []]
+
+
+def test_auto_takes_the_configured_backend_alone() -> None:
+    ucx, nixl = path("ucx", 0.9, transport="cma", gbps=8.0), path("nixl", 0.9, transport="cma", gbps=9.0)
+    verdict = judge(pair(SHARED, ucx, nixl), Demand(backend="ucx"))
+    assert verdict.chosen is ucx and verdict.order == ("backend", "shared")
+    assert judge(pair(SHARED, ucx, nixl), Demand()).chosen is SHARED
+
+
+def test_one_of_several_transports_is_enough() -> None:
+    assert judge(pair(SHARED), Demand(want=("cma", "shared"))).problems == ()
+    (problem,) = judge(pair(path("stream", 0.9)), Demand(want=("cma", "shared"))).problems
+    assert (problem.found, problem.wanted) == ("stream (path stream) carries KV", "cma or shared")
+
+
+def test_auto_takes_no_backend_unless_one_is_named() -> None:
     ucx = path("ucx", 0.9, transport="cma")
     assert judge(pair(BROKEN, ucx), Demand()).problems[0].found == "no path works"
-    assert judge(pair(ucx), Demand(path="ucx", want="cma")).problems == ()
+    assert judge(pair(ucx), Demand(path="ucx", want=("cma",))).problems == ()
 
 
 def test_between_hosts_the_plain_stream_is_the_limit() -> None:
@@ -78,7 +100,7 @@ def test_between_hosts_the_plain_stream_is_the_limit() -> None:
 def test_another_path_is_used_where_the_first_refuses_and_a_wish_tells_why() -> None:
     assert judge(pair(BROKEN, CMA), Demand()).problems == ()
     elsewhere = dataclasses.replace(FACTS, namespaces={"pid": 1, "net": 4})
-    verdict = judge(pair(BROKEN, CMA, decode=elsewhere), Demand(want="shared"))
+    verdict = judge(pair(BROKEN, CMA, decode=elsewhere), Demand(want=("shared",)))
     (problem,) = verdict.problems
     assert (problem.found, problem.wanted) == ("cma (path cma) carries KV", "shared")
     assert [cause.name for cause in problem.causes] == ["shared cannot be used", "net namespace"]
@@ -97,7 +119,7 @@ def test_only_a_pair_that_is_merely_slow_is_measured_again() -> None:
     assert not doubtful(pair(SHARED), Demand(floor=0.6))
     assert not doubtful(pair(SHARED), Demand())
     assert not doubtful(pair(SHARED, wrong), Demand(floor=0.61))
-    assert not doubtful(pair(SHARED), Demand(floor=0.61, want="cma"))
+    assert not doubtful(pair(SHARED), Demand(floor=0.61, want=("cma",)))
     assert not doubtful(pair(BROKEN), Demand(floor=0.61))
 
 
@@ -119,7 +141,7 @@ def test_wrong_bytes_are_a_problem_on_any_path() -> None:
 
 
 def test_a_named_path_does_not_fall_back() -> None:
-    verdict = judge(pair(BROKEN), Demand(path="shared", floor=0.1, want="shared"))
+    verdict = judge(pair(BROKEN), Demand(path="shared", floor=0.1, want=("shared",)))
     assert verdict.chosen is None and verdict.worst() is None
     assert [problem.found for problem in verdict.problems] == ["no path works"]
 
@@ -139,7 +161,7 @@ def test_the_table_shows_every_path_of_every_pair() -> None:
     text = "\n".join(table([judge(pair(BROKEN, CMA, wrong), Demand())]))
     assert "4 KiB" in text and "32 KiB" in text
     assert "cannot be used: the socket" in text and "WRONG BYTES in 2 blocks" in text
-    assert "*cma      cma        memcpy       0.50 (7.00)      0.95 (7.00)" in text
+    assert "*cma      cma        memcpy       0.50 (5.40)      0.95 (5.40)" in text
     assert text.endswith("fastest first, in 1 of 1 pairs: cma")
 
 

@@ -10,11 +10,17 @@ from functools import partial
 from pathlib import Path
 
 from pdstack.transfer.backends import BACKENDS
+from pdstack.transfer.errors import AuthenticationFailed
+from pdstack.transfer.keys import ClusterKey
 from pdstack.transfer.paths import AUTO
 from pdstack.transfer.paths import PATHS as OWN_PATHS
-from pdstack.transfer.qualify.control import EndFailed, Place, Wish, local, qualify, read_places
+from pdstack.transfer.qualify.control import Wish, qualify
+from pdstack.transfer.qualify.ends import EndFailed
 from pdstack.transfer.qualify.measure import PATHS
+from pdstack.transfer.qualify.model import block_bytes
+from pdstack.transfer.qualify.order import MARGIN, USUAL
 from pdstack.transfer.qualify.page import page
+from pdstack.transfer.qualify.places import Place, local, read_places
 from pdstack.transfer.qualify.result import (
     Demand,
     document,
@@ -41,31 +47,45 @@ def nbytes(text: str) -> int:
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m pdstack.transfer.qualify", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pdstack kv-path", description=__doc__)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--local", action="store_true", help="start all agents on this machine")
-    where.add_argument("--agents", type=Path, metavar="FILE", help="JSON: the command that starts each agent")
+    where.add_argument("--agents", type=Path, metavar="FILE", help="JSON: where each agent is, or what starts it")
+    parser.add_argument("--key-file", type=Path, metavar="FILE", help="cluster key, for agents behind ports")
     parser.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill agents of --local (default 1)")
     parser.add_argument("--decode", type=int, default=1, metavar="N", help="decode agents of --local (default 1)")
     parser.add_argument(
         "--path",
         choices=(AUTO, *PATHS),
         default=AUTO,
-        help="the path that will be used; auto measures all and takes, as the agents do, the first usable of "
-        f"{', '.join(OWN_PATHS)} (default auto)",
+        help="the path that will be used; auto measures all and takes, as the agents do, the first that works of "
+        f"{', '.join(USUAL)}, or one that is {MARGIN:g} times as fast (default auto)",
     )
     parser.add_argument(
-        "--backend", choices=(*BACKENDS, "both", "none"), default="both", help="libraries to measure beside (auto only)"
+        "--backend",
+        choices=(*BACKENDS, "both", "none"),
+        default="both",
+        help="with auto: the backend; both: measure the libraries too, but take none (default both)",
     )
+    what = parser.add_mutually_exclusive_group()
     sizes = [4 << 10, 32 << 10, 128 << 10, 2 << 20]
-    parser.add_argument(
+    what.add_argument(
         "--sizes", type=nbytes, nargs="+", default=sizes, help="block sizes of the model (default 4K 32K 128K 2M)"
     )
-    parser.add_argument("--bytes", type=nbytes, default=32 << 20, help="bytes of one read (default 32M)")
+    what.add_argument("--model", type=Path, metavar="DIR", help="the model to be served: its own block sizes")
+    parser.add_argument(
+        "--block-tokens", type=int, nargs="+", default=[16], metavar="N", help="with --model (default 16)"
+    )
+    parser.add_argument("--bytes", type=nbytes, default=32 << 20, help="bytes of one read, at least (default 32M)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds for each block size (default 5)")
     parser.add_argument("--timeout", type=float, default=60, help="seconds for one path of one pair (default 60)")
     parser.add_argument("--floor", type=float, help="least ratio to the limit (memcpy, or a plain TCP stream)")
-    parser.add_argument("--want", help="the transport that must carry KV, such as shared, cma, stream, tcp or rc_mlx5")
+    parser.add_argument(
+        "--want",
+        nargs="+",
+        default=[],
+        help="KV must go over one of these transports, such as shared, cma, stream, tcp or rc_mlx5",
+    )
     parser.add_argument("--json", type=Path, help="write the result, for --compare")
     parser.add_argument("--html", type=Path, help="write the result as a page")
     parser.add_argument("--compare", type=Path, help="an earlier JSON; what became worse is named")
@@ -79,25 +99,35 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     if min(options.prefill, options.decode, options.rounds) < 1:
         parser.error("--prefill, --decode and --rounds must be at least 1")
-    if options.bytes % _PAGE or any(size < 8 or size % 8 or size > options.bytes for size in options.sizes):
-        parser.error(f"--bytes must be a multiple of {_PAGE}, and --sizes multiples of 8 that are not larger")
     try:
         earlier = load(options.compare) if options.compare else None
         places = read_places(options.agents) if options.agents else _local(options.prefill, options.decode)
-    except ValueError as error:
+        key = ClusterKey.from_file(options.key_file) if options.key_file else None
+        sizes = (
+            [block_bytes(options.model, tokens) for tokens in options.block_tokens] if options.model else options.sizes
+        )
+    except (ValueError, AuthenticationFailed) as error:
         parser.error(str(error))
+    if options.model:
+        # Some blocks of any model; what the engine can serve is a multiple of 8 bytes.
+        options.bytes = max(options.bytes, -(-8 * max(sizes) // _PAGE) * _PAGE)
+    if options.bytes % _PAGE or any(size < 8 or size % 8 or size > options.bytes for size in sizes):
+        parser.error(f"--bytes must be a multiple of {_PAGE}, and --sizes multiples of 8 that are not larger")
     paths: tuple[str, ...] = (options.path,)
     if options.path == AUTO:
         paths = OWN_PATHS + {"both": BACKENDS, "none": ()}.get(options.backend, (options.backend,))
-    wish = Wish(paths, tuple(sorted(set(options.sizes))), options.bytes, options.rounds, options.timeout)
-    demand = Demand(options.path, options.floor, options.want)
+    wish = Wish(paths, tuple(sorted(set(sizes))), options.bytes, options.rounds, options.timeout)
+    backend = options.backend if options.backend in BACKENDS else ""
+    demand = Demand(options.path, options.floor, tuple(options.want), backend)
 
     def progress(line: str) -> None:
         sys.stderr.write(line + "\n")
 
     try:
         again = partial(doubtful, demand=demand)
-        found = qualify(places[Role.PREFILL], places[Role.DECODE], wish, progress=progress, again=again)
+        found = qualify(
+            places[Role.PREFILL], places[Role.DECODE], wish, progress=progress, again=again, cluster_key=key
+        )
     except EndFailed as error:
         sys.stderr.write(f"the KV path cannot be measured: {error}\n")
         return 1

@@ -1,128 +1,34 @@
 """The one who asks: starts the ends, has all pairs measured in their rounds, and collects the results.
 
 An end is a command that speaks as :mod:`pdstack.transfer.qualify.end` does. Locally that is a Python process; ``ssh
-HOST docker run -i ...`` would serve as well, with `host` being the address under which decode reaches it.
+HOST docker run -i ...`` would serve as well, with `host` being the address under which decode reaches it. Where ends
+run already, behind a port each, :mod:`pdstack.transfer.qualify.remote` speaks with them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
-import select
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from pdstack.transfer.keys import ClusterKey
+from pdstack.transfer.qualify.ends import End, EndFailed
 from pdstack.transfer.qualify.facts import Facts
+from pdstack.transfer.qualify.listen import measurement_key
 from pdstack.transfer.qualify.measure import Measured
+from pdstack.transfer.qualify.places import Place
+from pdstack.transfer.qualify.remote import RemoteEnd
 from pdstack.transfer.qualify.schedule import Pair, rounds
 from pdstack.transfer.roles import Role
 
 _OPEN_S = 60.0
 _PING_S = 5.0
-
-
-class EndFailed(RuntimeError):
-    """An end died, was silent for too long, or refused a request. The message says which and why."""
-
-
-class End:
-    """One process that answers. Raises :class:`EndFailed`; after that it is dead and has to be started again."""
-
-    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        self.name = name
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=dict(environment), bufsize=0)
-        self._rest = b""
-
-    def ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-        """The answer to a request."""
-        source, target = self._process.stdout, self._process.stdin
-        if source is None or target is None:
-            raise EndFailed(f"{self.name} was started without pipes")
-        limit = time.monotonic() + timeout_s
-        try:
-            target.write(json.dumps(request).encode() + b"\n")
-            while b"\n" not in self._rest:
-                if not select.select([source], [], [], max(0.0, limit - time.monotonic()))[0]:
-                    self.close()
-                    raise EndFailed(f"{self.name} did not answer {request['do']!r} within {timeout_s:g} s: ended it")
-                more = os.read(source.fileno(), 1 << 20)
-                if not more:
-                    raise BrokenPipeError
-                self._rest += more
-        except BrokenPipeError:
-            code = self._process.wait()
-            how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            raise EndFailed(f"{self.name} ended with {how} at {request['do']!r}: see its standard error") from None
-        line, self._rest = self._rest.split(b"\n", 1)
-        answer: dict[str, Any] = json.loads(line)
-        if "failed" in answer:
-            raise EndFailed(f"{self.name} could not {request['do']}: {answer['failed']}")
-        return answer
-
-    @property
-    def alive(self) -> bool:
-        """False once it has ended."""
-        return self._process.poll() is None
-
-    def close(self) -> None:
-        """End it, at once."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an agent is: what to run there, its address for others, and what it must not share while measured."""
-
-    name: str
-    command: tuple[str, ...]
-    host: str
-    shares: str
-
-
-def local(role: Role, number: int) -> Place:
-    """An end on this machine."""
-    command = (sys.executable, "-m", "pdstack.transfer.qualify.end")
-    return Place(f"{role.value}-{number}", command, "127.0.0.1", "this host")
-
-
-def read_places(file: Path) -> dict[Role, list[Place]]:
-    """Where the agents are, from JSON: ``{"prefill": [{"name", "command", "host", "shares"}, ...], "decode": [...]}``.
-
-    Raises ValueError, saying what is wrong with the file.
-    """
-    try:
-        found = json.loads(file.read_text())
-        places = {role: [_place(entry) for entry in found[role.value]] for role in Role}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} does not say where agents are: {type(error).__name__}: {error}") from error
-    names = [place.name for role in Role for place in places[role]]
-    if not all(places.values()) or len(set(names)) < len(names):
-        raise ValueError(f"{file} has the agents {', '.join(names)}, wanted some of each role, each with its own name")
-    return places
-
-
-def _place(entry: Mapping[str, Any]) -> Place:
-    texts = [entry[field] for field in ("name", "host", "shares")]
-    command = entry["command"]
-    if not all(isinstance(text, str) and text for text in [*texts, *command]) or not isinstance(command, list):
-        raise ValueError(f"{entry!r:.200} has something else than text, or nothing, where text belongs")
-    if not command:
-        raise ValueError(f"{entry!r:.200} has no command")
-    return Place(texts[0], tuple(command), texts[1], texts[2])
+# Containers of several hosts do not start at the same moment.
+_REACH_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -152,29 +58,57 @@ class PairFound:
     first: PairFound | None = None
 
 
+@dataclass(frozen=True)
+class Keys:
+    """What a measurement authenticates with: the streams' key, and for ends behind ports the cluster key.
+
+    `run` is what such an end derives the streams' key from.
+    """
+
+    run: str
+    measurement: str
+    cluster: ClusterKey | None = None
+
+    @classmethod
+    def new(cls, cluster: ClusterKey | None = None) -> Keys:
+        """Of one measurement."""
+        run = secrets.token_hex(32)
+        return cls(run, run if cluster is None else measurement_key(cluster, run), cluster)
+
+
 class _Agent:
     """An end that is started when it is needed, and again after it was lost."""
 
-    def __init__(self, place: Place, role: Role, owner: int, key: str, wish: Wish, environment: Mapping[str, str]):
-        self.place, self._environment = place, environment
-        self._end: End | None = None
+    def __init__(self, place: Place, role: Role, owner: int, keys: Keys, wish: Wish, environment: Mapping[str, str]):
+        self.place, self._environment, self._keys = place, environment, keys
+        self._end: End | RemoteEnd | None = None
         self._request: dict[str, Any] = {
             "do": "open",
             "role": role.value,
             "name": place.name,
             "owner": owner,
-            "key": key,
+            "ports": [place.stream, place.limit],
+            # The key itself does not go over a network.
+            **({"run": keys.run} if place.control else {"key": keys.measurement}),
         }
         self._request |= {"nbytes": 2 * wish.nbytes, "host": place.host, "paths": wish.paths}
         self.owner = owner
         self.opened: dict[str, Any] = {}
 
-    def ready(self) -> End:
+    def ready(self) -> End | RemoteEnd:
         if self._end is None or not self._end.alive:
             self.close()
-            self._end = End(self.place.name, self.place.command, self._environment)
+            self._end = self._started()
             self.opened = self._end.ask(self._request, _OPEN_S)
         return self._end
+
+    def _started(self) -> End | RemoteEnd:
+        place = self.place
+        if not place.control:
+            return End(place.name, place.command, self._environment)
+        if self._keys.cluster is None:
+            raise EndFailed(f"{place.name} listens on a port and wants the cluster key: name its file (--key-file)")
+        return RemoteEnd(place.name, place.host, place.control, self._keys.cluster, _REACH_S)
 
     def check(self) -> None:
         """End it if it does not answer: decode may have waited for it in vain, and the next pairs shall not."""
@@ -198,15 +132,17 @@ def qualify(
     environment: Mapping[str, str] | None = None,
     progress: Callable[[str], object] = lambda _: None,
     again: Callable[[PairFound], bool] = lambda _: False,
+    cluster_key: ClusterKey | None = None,
 ) -> list[PairFound]:
     """Measure every pair, and those once more for which `again` is true when all are done.
 
-    What fails is in the result; only an end that cannot be started raises :class:`EndFailed`.
+    What fails is in the result; only an end that cannot be started raises :class:`EndFailed`. `cluster_key` is for
+    ends behind ports.
     """
-    key = secrets.token_hex(32)
+    keys = Keys.new(cluster_key)
     environment = os.environ if environment is None else environment
-    sources = [_Agent(at, Role.PREFILL, n + 1, key, wish, environment) for n, at in enumerate(prefill)]
-    targets = [_Agent(at, Role.DECODE, n + 1, key, wish, environment) for n, at in enumerate(decode)]
+    sources = [_Agent(at, Role.PREFILL, n + 1, keys, wish, environment) for n, at in enumerate(prefill)]
+    targets = [_Agent(at, Role.DECODE, n + 1, keys, wish, environment) for n, at in enumerate(decode)]
     found: dict[tuple[int, int], PairFound] = {}
     try:
         with ThreadPoolExecutor(len(sources) + len(targets)) as threads:

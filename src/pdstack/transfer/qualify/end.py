@@ -1,7 +1,8 @@
 """One end of the qualification: a process where a worker will run, that does what is asked on its standard input.
 
 A request and an answer are one line of JSON each, so an end can be started anywhere a command can be: here, in a
-container, over ssh. It ends when its input does. The cluster key of the measurement comes in the first request.
+container, over ssh. It ends when its input does. The key of the measurement's streams comes in the first request. With
+``--listen`` it is a server that starts such a process for whoever knows the cluster key: `listen`.
 
     {"do": "open", "role": "prefill", ...}   -> {"metadata": {path: base64}, "refused": {path: why}, "facts": {...}}
     {"do": "measure", "path": "cma", ...}    -> what :class:`pdstack.transfer.qualify.measure.Measured` holds
@@ -9,6 +10,8 @@ container, over ssh. It ends when its input does. The cluster key of the measure
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import contextlib
 import json
 import logging
@@ -31,6 +34,7 @@ from pdstack.transfer.layout import KVLayout, PoolView, allocate_pool
 from pdstack.transfer.paths import CmaExporter, Region, SharedExporter, SharedPool, StreamExporter
 from pdstack.transfer.qualify.facts import observe
 from pdstack.transfer.qualify.limits import Address, Copy, Stream, StreamServer
+from pdstack.transfer.qualify.listen import serve
 from pdstack.transfer.qualify.measure import PATHS, Bytes, Measured, attempt, case, fill, measure, open_reader
 from pdstack.transfer.roles import Role
 
@@ -48,6 +52,7 @@ class Prefill:
 
     def __init__(self, request: dict[str, Any]) -> None:
         nbytes, self._owner, host = int(request["nbytes"]), int(request["owner"]), str(request["host"])
+        stream_port, limit_port = (int(port) for port in request.get("ports", (0, 0)))
         identity = Identity(
             str(request["name"]), "1", Role.PREFILL, _AUDIENCE, ClusterKey(str(request["key"]).encode())
         )
@@ -60,7 +65,7 @@ class Prefill:
         openers: dict[str, Callable[[], Any]] = {
             "shared": lambda: self._shared(nbytes),
             "cma": lambda: CmaExporter(region),
-            "stream": lambda: StreamExporter(region, identity, host),
+            "stream": lambda: StreamExporter(region, identity, host, stream_port),
         }
         openers |= {name: partial(open_exporter, name, identity.name, view) for name in BACKENDS}
         self.metadata: dict[str, str] = {}
@@ -73,7 +78,7 @@ class Prefill:
             else:
                 self._kept.append(exporter)
                 self.metadata[path] = b64encode(exporter.metadata()).decode()
-        server = StreamServer(host)
+        server = StreamServer(host, limit_port)
         self._kept += [pool, server]
         self.limit = list(server.address)
 
@@ -149,6 +154,18 @@ def converse(read: Callable[[], str], write: Callable[[str], object]) -> None:
 
 def main() -> int:
     """Entry of the process."""
+    parser = argparse.ArgumentParser(prog="python -m pdstack.transfer.qualify.end", description=__doc__)
+    parser.add_argument("--listen", metavar="ADDRESS:PORT", help="serve there instead of standard input and output")
+    parser.add_argument("--name", default="end", help="of the end, with --listen")
+    parser.add_argument("--key-file", help="the cluster key, with --listen")
+    options = parser.parse_args()
+    if options.listen:
+        if options.key_file is None:
+            parser.error("--listen wants --key-file: an end answers those only who know the cluster key")
+        host, _, port = options.listen.rpartition(":")
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+        asyncio.run(serve(options.name, ClusterKey.from_file(options.key_file), host.strip("[]"), int(port)))
+        return 0
     # Libraries that print must not print into the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -47,8 +47,8 @@ class Copy:
 class StreamServer:
     """Sends as many bytes as it is asked for to whoever shows the token; the bytes are its own and mean nothing."""
 
-    def __init__(self, host: str) -> None:
-        self._listener = socket.create_server((host, 0))
+    def __init__(self, host: str, port: int = 0) -> None:
+        self._listener = socket.create_server((host, port))
         self._token = secrets.token_bytes(_TOKEN)
         self._content = memoryview(bytes(_CHUNK))
         name = self._listener.getsockname()

@@ -26,14 +26,14 @@ def page(result: Mapping[str, Any], lines: Sequence[str], regressions: Sequence[
     pairs = result["pairs"]
     failed = sum(bool(pair["problems"]) for pair in pairs)
     verdict = f'<p class="bad">{failed} of {len(pairs)} pairs do not hold.</p>' if failed else "<p>All pairs hold.</p>"
-    measured = result["measured"]
+    measured, wanted = result["measured"], " or ".join(result["demand"]["want"]) or "any"
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         f"<title>KV path, {escape(result['date'])}</title><style>{_STYLE}</style></head><body>",
         f"<h1>KV path between prefill and decode</h1><p>{escape(result['date'])}, {len(pairs)} pairs, "
         f"{size_text(measured['nbytes'])} a read, {measured['rounds']} rounds; "
         f"path {escape(result['demand']['path'])}, "
-        f"floor {escape(str(result['demand']['floor']))}, wanted transport {escape(str(result['demand']['want']))}</p>",
+        f"floor {escape(str(result['demand']['floor']))}, wanted transport {escape(wanted)}</p>",
         verdict,
         "<h2>Pairs</h2><p>Transport of the path that is used, and its smallest ratio to the limit over all block "
         "sizes. Green is the limit, red nothing.</p>",

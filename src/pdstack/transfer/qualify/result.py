@@ -12,11 +12,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pdstack.transfer.paths import AUTO
-from pdstack.transfer.paths import PATHS as OWN_PATHS
+from pdstack.transfer.paths import AUTO, BACKEND
 from pdstack.transfer.qualify.causes import Cause, Question, causes
 from pdstack.transfer.qualify.control import PairFound, Wish
 from pdstack.transfer.qualify.measure import Measured, Size
+from pdstack.transfer.qualify.order import order, unusual
 
 FORMAT = "pdstack kv path/1"
 _PACKAGES = ("pdstack", "numpy", "xxhash", "nixl-cu12", "libucx-cu12")
@@ -24,14 +24,16 @@ _PACKAGES = ("pdstack", "numpy", "xxhash", "nixl-cu12", "libucx-cu12")
 
 @dataclass(frozen=True)
 class Demand:
-    """What must hold for each pair. `path` is the one that will be used; "auto" is the first usable own one.
+    """What must hold for each pair. `path` is the one that will be used; "auto" is the best of :mod:`order`.
 
-    `floor` is the least ratio to the limit, at every block size; `want` the transport that has to carry KV.
+    `floor` is the least ratio to the limit, at every block size; KV has to go over one of the transports `want`, if
+    there are any. `backend` is the library that ``auto`` may take beside the own paths ("": none).
     """
 
     path: str = AUTO
     floor: float | None = None
-    want: str | None = None
+    want: tuple[str, ...] = ()
+    backend: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One pair, judged. `limit` names its yardstick: memcpy within a host, else one plain TCP stream."""
+    """One pair, judged. `limit` names its yardstick: memcpy within a host, else one plain TCP stream.
+
+    `order` is how agents with ``auto`` shall try the paths, the backend's under that name.
+    """
 
     found: PairFound
     chosen: Measured | None
     limit: str
     fastest: tuple[str, ...]
+    order: tuple[str, ...]
     problems: tuple[Problem, ...]
 
     @property
@@ -62,6 +68,11 @@ class Verdict:
     def worst(self) -> float | None:
         """The chosen path's smallest ratio to the limit over all block sizes."""
         return None if self.chosen is None else worst(self.chosen, self.limit)
+
+    def slowest(self) -> Size | None:
+        """What the chosen path did at that block size."""
+        sizes = () if self.chosen is None else self.chosen.sizes
+        return min(sizes, key=lambda size: size.ratios[self.limit].median, default=None)
 
 
 def worst(measured: Measured, limit: str) -> float:
@@ -91,10 +102,13 @@ def doubtful(pair: PairFound, demand: Demand) -> bool:
 def _judged(pair: PairFound, demand: Demand) -> Verdict:
     limit = "memcpy" if pair.one_host else "socket"
     usable = {one.path: one for one in pair.paths if one.usable}
-    order = OWN_PATHS if demand.path == AUTO else (demand.path,)
-    chosen = next((usable[path] for path in order if path in usable), None)
-    fastest = sorted(usable, key=lambda path: sum(one.nbytes / one.gbps.median for one in usable[path].sizes))
-    return Verdict(pair, chosen, limit, tuple(fastest), tuple(_problems(pair, chosen, limit, demand)))
+    seconds = {path: sum(size.nbytes / size.gbps.median for size in one.sizes) for path, one in usable.items()}
+    names = {path: BACKEND if path == demand.backend else path for path in usable}
+    best = order({name: seconds[path] for path, name in names.items()})
+    wanted = best[:1] if demand.path == AUTO else (demand.path,)
+    chosen = next((usable[path] for path, name in names.items() if {path, name} & set(wanted)), None)
+    fastest = tuple(sorted(usable, key=seconds.__getitem__))
+    return Verdict(pair, chosen, limit, fastest, best, tuple(_problems(pair, chosen, limit, demand)))
 
 
 def _problems(pair: PairFound, chosen: Measured | None, limit: str, demand: Demand) -> Iterator[Problem]:
@@ -111,14 +125,16 @@ def _problems(pair: PairFound, chosen: Measured | None, limit: str, demand: Dema
             yield Problem(name, found, "prefill's bytes, and no others", (Cause("wrong bytes", evidence, fix),))
     errors = [Cause(f"{one.path} cannot be used", one.error, "as it says") for one in pair.paths if one.error]
     if chosen is None:
-        wanted = demand.want or (demand.path if demand.path != AUTO else "")
-        yield Problem(name, "no path works", f"path {demand.path}", (*errors, *why(wanted, "")))
+        wanted = demand.want or ((demand.path,) if demand.path != AUTO else ("",))
+        reasons = dict.fromkeys(cause for transport in wanted for cause in why(transport, ""))
+        yield Problem(name, "no path works", f"path {demand.path}", (*errors, *reasons))
         return
     transport = chosen.transport
-    if demand.want is not None and transport != demand.want:
-        mine = [cause for cause in errors if cause.name.startswith(f"{demand.want} ")]
+    if demand.want and transport not in demand.want:
+        mine = [cause for cause in errors if cause.name.split()[0] in demand.want]
+        reasons = dict.fromkeys(cause for wanted in demand.want for cause in why(wanted, transport))
         found = f"{transport} (path {chosen.path}) carries KV"
-        yield Problem(name, found, demand.want, (*mine, *why(demand.want, transport)))
+        yield Problem(name, found, " or ".join(demand.want), (*mine, *reasons))
     if demand.floor is not None and (ratio := worst(chosen, limit)) < demand.floor:
         slow = min(chosen.sizes, key=lambda size: size.ratios[limit].median)
         found = (
@@ -156,8 +172,8 @@ def table(verdicts: Sequence[Verdict]) -> list[str]:
             cells = {size.block_bytes: _cell(size, verdict.limit) for size in one.sizes}
             text += f"{one.transport:<10} {verdict.limit:<7}"
             lines.append("".join([text, *(f" {cells.get(size, ''):>16}" for size in sizes)]))
-    for order, number in Counter(verdict.fastest for verdict in verdicts if verdict.fastest).items():
-        lines.append(f"fastest first, in {number} of {len(verdicts)} pairs: {', '.join(order)}")
+    for names, number in Counter(verdict.fastest for verdict in verdicts if verdict.fastest).items():
+        lines.append(f"fastest first, in {number} of {len(verdicts)} pairs: {', '.join(names)}")
     lines[1] = "each: ratio to the limit in the same rounds, and GB/s (medians); * is what is used"
     return lines
 
@@ -198,6 +214,9 @@ def document(verdicts: Sequence[Verdict], wish: Wish, demand: Demand) -> dict[st
                 "chosen": verdict.chosen.path if verdict.chosen else None,
                 "transport": verdict.chosen.transport if verdict.chosen else None,
                 "worst_ratio": verdict.worst(),
+                "worst_gbps": slowest.gbps.median if (slowest := verdict.slowest()) else None,
+                # For worker.json; empty where agents find it by themselves.
+                "order": list(verdict.order) if unusual(verdict.order) else [],
                 "fastest_first": list(verdict.fastest),
                 "paths": [_path(one) for one in verdict.found.paths],
                 "problems": [asdict(problem) for problem in verdict.problems],

@@ -1,0 +1,70 @@
+"""One end as the one who asks sees it: a process that is started here and answers on its standard output."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class EndFailed(RuntimeError):
+    """An end died, was silent for too long, or refused a request. The message says which and why."""
+
+
+def ended_how(code: int, asked: str) -> str:
+    """How a process ended that was asked something: by its exit code, or minus the number of a signal."""
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    return f"ended with {how} at {asked!r}: see its standard error"
+
+
+class End:
+    """One process that answers. Raises :class:`EndFailed`; after that it is dead and has to be started again."""
+
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.name = name
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=dict(environment), bufsize=0)
+        self._rest = b""
+
+    def ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+        """The answer to a request."""
+        source, target = self._process.stdout, self._process.stdin
+        if source is None or target is None:
+            raise EndFailed(f"{self.name} was started without pipes")
+        limit = time.monotonic() + timeout_s
+        try:
+            target.write(json.dumps(request).encode() + b"\n")
+            while b"\n" not in self._rest:
+                if not select.select([source], [], [], max(0.0, limit - time.monotonic()))[0]:
+                    self.close()
+                    raise EndFailed(f"{self.name} did not answer {request['do']!r} within {timeout_s:g} s: ended it")
+                more = os.read(source.fileno(), 1 << 20)
+                if not more:
+                    raise BrokenPipeError
+                self._rest += more
+        except BrokenPipeError:
+            raise EndFailed(f"{self.name} {ended_how(self._process.wait(), request['do'])}") from None
+        line, self._rest = self._rest.split(b"\n", 1)
+        answer: dict[str, Any] = json.loads(line)
+        if "failed" in answer:
+            raise EndFailed(f"{self.name} could not {request['do']}: {answer['failed']}")
+        return answer
+
+    @property
+    def alive(self) -> bool:
+        """False once it has ended."""
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """End it, at once."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
