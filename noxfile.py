@@ -217,8 +217,11 @@ def bench_gpu(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def kv_path(session: nox.Session) -> None:
-    """How KV gets from every prefill to every decode process (-- --local --prefill 2 --decode 2, see --help)."""
-    run(session, environment(session, "dev"), "python", "-m", "pdstack.transfer.qualify", *session.posargs)
+    """Measure the KV path of an inventory again (-- -i INVENTORY), or of processes here (-- --local, see --help)."""
+    if {"--local", "--agents", "--help"} & set(session.posargs):
+        run(session, environment(session, "dev"), "python", "-m", "pdstack", "kv-path", *session.posargs)
+    else:
+        playbook(session, "playbooks/kv_path.yml", "-e", "kv_path_force=true", *session.posargs)
 
 
 @nox.session(default=False)

@@ -11,10 +11,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from pdstack.deploy import (
     coordination,
+    kv_path,
     modelid,
     obstacles,
     report,
     services,
+    summary,
     topology,
     validate,
 )  # needs the path above
@@ -99,4 +101,12 @@ class FilterModule:
             "pdstack_worker_config": services.worker_config,
             "pdstack_worker_service": services.worker,
             "pdstack_stale_services": services.stale,
+            "pdstack_kv_path_end": kv_path.end,
+            "pdstack_kv_path_name": kv_path.end_name,
+            "pdstack_kv_path_asker": kv_path.asker,
+            "pdstack_kv_path_command": kv_path.command,
+            "pdstack_kv_path_compared": kv_path.compared,
+            "pdstack_kv_path_fingerprint": kv_path.fingerprint,
+            "pdstack_kv_path_orders": kv_path.orders,
+            "pdstack_kv_path_lines": summary.path_lines,
         }

@@ -84,6 +84,10 @@ class Stack:
         """Return what the last verification wrote."""
         return json.loads((self.state_dir / "verify.json").read_text())
 
+    def measured(self) -> dict[str, Any]:
+        """Return what the step kv_path has kept."""
+        return json.loads((self.state_dir / "kv_path.json").read_text())
+
     @property
     def deployed(self) -> bool:
         return (self.state_dir / "deployment.json").exists()

@@ -22,12 +22,38 @@ def test_deploy_brings_up_every_service(stack: Any) -> None:
     assert "curl -N" in run.output, "found no summary at the end of the run"
 
 
+def test_the_kv_path_was_measured_before_the_workers_started(stack: Any) -> None:
+    kept = stack.measured()
+    assert [(pair["prefill"], pair["decode"]) for pair in kept["pairs"]] == [
+        ("prefill-0", "decode-0"),
+        ("prefill-0", "decode-1"),
+    ]
+    for pair in kept["pairs"]:
+        assert pair["problems"] == []
+        assert {one["path"] for one in pair["paths"] if one["error"] is None} >= {"shared", "cma", stack.backend}
+    started = min(entry["State"]["StartedAt"] for name, entry in stack.inspect().items() if name in WORKERS)
+    assert kept["date"][:19] <= started[:19]
+    assert (stack.state_dir / "kv_path.html").is_file()
+
+
 def test_a_second_deploy_changes_and_restarts_nothing(stack: Any) -> None:
     before = stack.started()
     run = stack.deploy()
     stack.report["second_deploy_s"] = round(run.seconds)
     assert run.changed == 0
     assert stack.started() == before
+    assert "nothing that it depends on has changed" in run.output, "the KV path was measured again"
+
+
+def test_a_path_that_is_too_slow_stops_the_deployment_before_the_workers(stack: Any) -> None:
+    before, kept = stack.started(), stack.measured()
+    # With another setting beside it the workers would be recreated, if the run came to them.
+    run = stack.play("site.yml", "-e", "kv_path_floor=99", "-e", '{"engine_settings": {"queue_limit": 99}}')
+    assert run.status != 0
+    assert "The KV path does not hold. No worker was started or changed." in run.output
+    assert "FAILED prefill-0 > decode-0: found" in run.output and "wanted at least 99.00" in run.output
+    assert stack.started() == before, "a container was touched, or an end is left"
+    assert stack.measured() == kept, "what passed before must stay in force"
 
 
 def test_a_rehearsal_on_a_deployed_host_changes_nothing(stack: Any) -> None:

@@ -37,6 +37,7 @@ ORDER = (
     "nats",
     "model",
     "transfer_agent",
+    "kv_path",
     "frontend",
     "worker",
     "verify",

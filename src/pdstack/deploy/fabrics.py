@@ -13,6 +13,8 @@ from pdstack.deploy.problem import Problem, show
 
 TRTLLM = "trtllm"
 BACKENDS = ("ucx", "nixl")
+# The reference engine's own ways beside the backend (pdstack.transfer.paths).
+OWN_PATHS = ("shared", "cma", "stream")
 # What an alias of UCX_TLS stands for (ucp_context.c, ucp_tl_aliases, UCX 1.19).
 ALIASES: dict[str, tuple[str, ...]] = {
     "rc": ("rc_verbs", "rc_mlx5"),
@@ -100,6 +102,34 @@ def promised(profile: Profile, same_host: bool, engine: str = TRTLLM) -> tuple[s
     """Return the transports that KV may go over, by the names UCX prints; verify must see one, and no other."""
     known = effective(profile, engine)
     return expand([*known["transports"], *(known.get("same_host", ()) if same_host else ())])
+
+
+def wanted(profile: Profile, path: str) -> list[str]:
+    """Return what may carry KV of the reference engine with kv_transfer_path `path`: own paths and transports."""
+    own = [name for name in profile.get("paths", ()) if path in ("auto", name)]
+    library = [*profile["transports"], *profile.get("same_host", ())] if path in ("auto", "backend") else []
+    return list(dict.fromkeys([*own, *library]))
+
+
+def path_problems(name: str, profile: Profile, path: str) -> list[Problem]:
+    """Return what is wrong with kv_transfer_path `path` over the profile `name` (engine reference)."""
+    own = list(profile.get("paths", ()))
+    if unknown := [item for item in own if item not in OWN_PATHS]:
+        return [
+            Problem(
+                f"kv_fabrics.{name}.paths", ", ".join(unknown), f"some of {', '.join(OWN_PATHS)}",
+                "write the names of the reference engine's own paths; what UCX uses goes into transports",
+            )
+        ]  # fmt: skip
+    if path not in OWN_PATHS or path in own:
+        return []
+    return [
+        Problem(
+            f"kv_transfer_path (kv_fabric is {name})", show(path),
+            f"auto, backend or one of the paths that the profile promises ({', '.join(own) or 'none'})",
+            "choose one of them, or another kv_fabric (tcp: stream; same_host: shared and cma)",
+        )
+    ]  # fmt: skip
 
 
 def allowed(profile: Profile, engine: str = TRTLLM) -> tuple[str, ...] | None:

@@ -26,6 +26,7 @@ ONE_VALUE = (
 # The same for what the workers of both roles must agree on.
 WORKERS_AGREE = {
     "kv_transfer_backend": "two workers that use different backends cannot move KV between each other",
+    "kv_transfer_path": "decode can take only a path that prefill offers",
     "kv_fabric": "both ends of a transfer use one profile; UCX would find no transport that both have",
 }
 # RFC 5737: examples in documentation, of which no network is made.

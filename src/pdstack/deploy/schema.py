@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "kv_transfer_backend": ("ucx", "nixl"),
+    "kv_transfer_path": ("auto", "backend", "shared", "cma", "stream"),
     "router_mode": ("round-robin", "random", "kv"),
     "image_source": ("registry", "build", "auto"),
     "model_source": ("package", "path", "hub", "tiny"),
@@ -104,13 +105,14 @@ SCALARS: dict[str, Field] = {
     "trtllm_image": Field("str"),
     "trtllm_archive": Field("str"),
     "trtllm_push": Field("str"),
+    "kv_path_floor": Field("number", 0, 100),
 }
 
 PORTS: dict[str, Field] = {
     key: Field("int", 1, 65535)
     for key in (
         "frontend", "etcd_client", "etcd_peer", "nats_client", "nats_cluster", "nats_monitor", "worker_status",
-        "worker_transfer", "worker_ranks",
+        "worker_transfer", "worker_stream", "worker_ranks", "kv_path",
     )
 }  # fmt: skip
 
@@ -131,6 +133,12 @@ TRANSFER_SETTINGS: dict[str, Field] = {
     "ticket_ttl_s": Field("number", 1, 3600),
     "read_timeout_s": Field("number", 0.1, 3600),
     "heartbeat_s": Field("number", 0.1, 600),
+    "resume_s": Field("number", 0.1, 600),
+    "stall_timeout_s": Field("number", 1, 3600),
+    "recheck_every": Field("int", 0, 1_000_000),
+    "window_bytes": Field("int", 1, 2**47),
+    "audit_bytes": Field("int", 4096, 2**40),
+    "audit_files": Field("int", 0, 100),
 }
 
 FABRIC: dict[str, Field] = {
@@ -151,6 +159,9 @@ FABRIC: dict[str, Field] = {
     # Transports that workers of one host may use beside `transports`.
     "same_host": Field("list", required=False),
     "gpu": Field("dict", required=False),
+    # Of the reference engine's own paths, those that KV may take, and the least share of the limit that is accepted.
+    "paths": Field("list", required=False),
+    "floor": Field("number", 0, 1, required=False),
 }
 
 WORKER: dict[str, Field] = {

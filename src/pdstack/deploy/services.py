@@ -16,6 +16,7 @@ from pdstack.deploy.topology import CONFIG_MOUNT, Frontend, Topology, Worker, co
 # Idle cost: every check starts a process in a container, and all containers together may use a tenth of a core.
 CHECK = {"interval": "15s", "timeout": "5s", "retries": 3, "start_period": "120s"}
 KEY_FILE = "cluster.key"
+AUDIT_FILE = "kv-audit.jsonl"
 FRONTEND_CHECK = "frontend_check.py"
 # What runs a check in the worker image; -S -E start python3 in a few milliseconds.
 PROBE = ["CMD", "python3", "-S", "-E", "/opt/pdstack/app/pdstack/probe.py"]
@@ -96,8 +97,19 @@ def worker_config(
     transfer: Mapping[str, Any],
     drain_timeout_s: float,
     migration_limit: int,
+    data_dir: str,
+    order: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
 ) -> dict[str, Any]:
-    """Return worker.json (see `pdstack.worker.config`); `engine` is overlaid by what the worker's entry sets."""
+    """Return worker.json (see `pdstack.worker.config`); `engine` is overlaid by what the worker's entry sets.
+
+    `data_dir` is the deployment's; the worker's own directory below it takes its audit records. `order` holds for each
+    decode worker the order of the paths to the prefill workers where it is not the usual one (`kv_path.orders`).
+    """
+    moves: dict[str, Any] = {"stream_port": worker["stream_port"]} if worker["role"] == "prefill" else {}
+    prefill = [other["name"] for other in topology["workers"] if other["role"] == "prefill"]
+    known = (order or {}).get(worker["name"], {}) if transfer.get("path") == "auto" else {}
+    if peers := {name: list(known[name]) for name in prefill if name in known}:
+        moves["order"] = peers
     return {
         "name": worker["name"],
         "role": worker["role"],
@@ -113,6 +125,8 @@ def worker_config(
             "cluster_key_file": f"{CONFIG_MOUNT}/{KEY_FILE}",
             "listen": {"host": worker["address"], "port": worker["transfer_port"]},
             "advertise": worker["address"],
+            "audit_file": f"{data_dir}/{worker['name']}/{AUDIT_FILE}",
+            **moves,
         },
         "drain_timeout_s": float(drain_timeout_s),
         "migration_limit": migration_limit,
@@ -144,6 +158,8 @@ def worker(
             **entry["env"],
         },
         "volumes": [f"{model_dir}:{model_dir}:ro"],
+        # Its audit records outlive the container; nothing else is written there.
+        "data_dirs": ["."],
         "tmpfs": [SCRATCH],
         "capabilities": list(fabric["capabilities"]),
         "ulimits": list(fabric["ulimits"]),

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 HEADINGS = ("service", "host", "version", "health", "endpoint")
+PATH_HEADINGS = ("pair", "path", "transport", "GB/s", "of the limit")
+# More pairs than this, and only the worst is shown.
+FEW_PAIRS = 6
 
 
 def columns(rows: Iterable[Sequence[str]], gap: str = "  ") -> list[str]:
@@ -29,7 +32,8 @@ def service_table(services: Iterable[Mapping[str, Any]]) -> list[str]:
 def kv_line(kv: Mapping[str, Any]) -> str:
     """Return the KV path in one line: backend, transport, speed and its share of a memcpy of the same run."""
     transports = ", ".join(kv.get("transports") or ()) or "none seen"
-    line = f"KV path: backend {kv.get('backend', '-')}, transport {transports}"
+    path = f"path {kv['path']}, " if kv.get("path") else ""
+    line = f"KV path: {path}backend {kv.get('backend', '-')}, transport {transports}"
     speed, limit = kv.get("gb_per_s"), kv.get("memcpy_gb_per_s")
     if speed is not None:
         line += f", {speed:.2f} GB/s"
@@ -38,6 +42,32 @@ def kv_line(kv: Mapping[str, Any]) -> str:
     if speed is not None and limit:
         line += f" = {100 * speed / limit:.0f} % of memcpy ({limit:.2f} GB/s)"
     return line
+
+
+def path_lines(measured: Mapping[str, Any]) -> list[str]:
+    """Return what the step kv_path found: each pair, or the worst of many; none if it has not measured."""
+    pairs = [pair for pair in measured.get("pairs", ()) if pair.get("chosen")]
+    if not pairs:
+        return []
+    shown = pairs if len(pairs) <= FEW_PAIRS else [min(pairs, key=lambda pair: float(pair["worst_ratio"]))]
+    limits = {"memcpy": "a memcpy", "socket": "a plain socket"}
+    rows = [
+        (
+            f"{pair['prefill']} > {pair['decode']}", pair["chosen"], pair["transport"], f"{pair['worst_gbps']:.2f}",
+            f"{100 * pair['worst_ratio']:.0f} % of {limits[pair['limit']]}",
+        )
+        for pair in shown
+    ]  # fmt: skip
+    count = f"{len(pairs)} pair{'s' if len(pairs) != 1 else ''}"
+    what = count if len(shown) == len(pairs) else f"the worst of {count}"
+    head = f"KV path {measured['demand']['path']}, measured before the workers started ({measured['date']}), {what}:"
+    return [head, *columns([PATH_HEADINGS, *rows])]
+
+
+def load_path(directory: Path) -> dict[str, Any]:
+    """Return what the step kv_path has kept in a deployment's state directory; empty if it has not measured."""
+    file = directory / "kv_path.json"
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
 
 
 def engine_line(found: Mapping[str, str]) -> str:
@@ -79,13 +109,18 @@ def curl_line(url: str, model: str) -> str:
     return f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
 
 
-def render(deployment: Mapping[str, Any], verify: Mapping[str, Any]) -> str:
-    """Return the summary as text without a final newline. `verify` may be empty: then only the curl line is shown."""
+def render(deployment: Mapping[str, Any], verify: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> str:
+    """Return the summary as text without a final newline.
+
+    `verify` may be empty, then only the curl line is shown; `measured` is what the step kv_path has kept.
+    """
     lines: list[str] = []
     if verify.get("services"):
         lines += [*service_table(verify["services"]), ""]
     if verify.get("runtime"):
         lines += [engine_line(verify["runtime"])]
+    if paths := path_lines(measured or {}):
+        lines += [*paths, ""]
     if verify.get("kv"):
         lines += [kv_line(verify["kv"])]
     if verify:
@@ -104,4 +139,5 @@ def load(deployment_file: Path) -> str:
     deployment = json.loads(deployment_file.read_text())
     results = deployment_file.with_name("verify.json")
     fresh = results.is_file() and results.stat().st_mtime_ns >= deployment_file.stat().st_mtime_ns
-    return render(deployment, json.loads(results.read_text()) if fresh else {})
+    verify = json.loads(results.read_text()) if fresh else {}
+    return render(deployment, verify, load_path(deployment_file.parent))

@@ -17,6 +17,8 @@ LOOPBACK = "127.0.0.1"
 DECODE_PORTS = 50
 # A rank of a TensorRT-LLM worker listens on the worker's port plus its rank; no host has more GPUs than this.
 RANK_PORTS = 16
+# An end of the step kv_path listens for the one who asks, and at a prefill worker's place for a stream and its limit.
+KV_PATH_PORTS = 3
 # Where a service finds its own configuration, in its container.
 CONFIG_MOUNT = "/etc/pdstack"
 
@@ -64,6 +66,9 @@ class Frontend(TypedDict):
 class Worker(TypedDict):
     """One worker; `index` counts the workers of its role on its host and decides its ports.
 
+    With engine reference a prefill worker also listens on `stream_port` (else 0), and `kv_path_ports` are those of the
+    end that stands in for the worker in the step kv_path: control, and for prefill stream and limit.
+
     With engine trtllm `gpus` are the GPUs of the host that it has, one rank each, and a rank's port for KV is
     `transfer_port` plus the rank; `args` are its options of `python3 -m dynamo.trtllm`.
     """
@@ -75,6 +80,8 @@ class Worker(TypedDict):
     index: int
     status_port: int
     transfer_port: int
+    stream_port: int
+    kv_path_ports: list[int]
     status_url: str
     container: str
     nats_server: str
@@ -234,6 +241,8 @@ def _workers(
                 count += 1
                 slot = index if role == "prefill" else DECODE_PORTS + index
                 status_port = port["worker_status"] + slot
+                own = engine != "trtllm"  # moves KV by this project's agent
+                ends = range(KV_PATH_PORTS if role == "prefill" else 1) if own else ()
                 workers.append(
                     {
                         "name": name,
@@ -247,6 +256,8 @@ def _workers(
                             if engine == "trtllm"
                             else port["worker_transfer"] + slot
                         ),
+                        "stream_port": port["worker_stream"] + slot if own and role == "prefill" else 0,
+                        "kv_path_ports": [port["kv_path"] + slot * KV_PATH_PORTS + number for number in ends],
                         "status_url": f"http://{bracketed(address[host])}:{status_port}",
                         "container": container_name(deployment, name),
                         "nats_server": nats_server(host, nats),
@@ -287,4 +298,7 @@ def port_uses(topology: Topology) -> list[PortUse]:
         # A decode worker of the reference engine calls the prefill workers and listens on nothing else.
         elif worker["role"] == "prefill":
             add(worker, worker["transfer_port"], f"worker {worker['name']} (transfer)")
+            add(worker, worker["stream_port"], f"worker {worker['name']} (stream)")
+        for number in worker["kv_path_ports"]:
+            add(worker, number, f"worker {worker['name']} (step kv_path)")
     return uses

@@ -101,6 +101,12 @@ def _scalars(settings: Mapping[str, Any]) -> Iterator[Problem]:
                 f"model_source (engine is {engine})", show(source), f"one of {', '.join(sources)}",
                 "set model_source: hub with model_ref and model_revision, or path with the directory in model_ref",
             )  # fmt: skip
+    path = settings.get("kv_transfer_path")
+    if engine == "trtllm" and path in fabrics.OWN_PATHS:
+        yield Problem(
+            "kv_transfer_path (engine is trtllm)", show(path), "auto or backend: TensorRT-LLM moves KV by itself",
+            "leave kv_transfer_path out; choose what carries KV with kv_transfer_backend and kv_fabric",
+        )  # fmt: skip
     if settings.get("model_source") in ("path", "hub") and not settings.get("model_ref"):
         wanted = "a directory on the controller" if settings["model_source"] == "path" else "a repository (owner/name)"
         yield Problem(
@@ -286,3 +292,5 @@ def _fabrics(
         wrong = any(problem.what.startswith(f"kv_fabrics.{name}") for problem in found)
         if known and not wrong and (devices is None or GPU_HOST["kv_net_devices"].wrong(devices) is None):
             yield from fabrics.problems(str(name), profiles[name], hosts[host], engine=str(engine), host=host)
+            if engine == "reference":
+                yield from fabrics.path_problems(str(name), profiles[name], str(settings.get("kv_transfer_path")))

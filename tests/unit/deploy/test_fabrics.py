@@ -213,3 +213,25 @@ def test_a_profile_of_the_other_engine_is_refused(name: str, engine: str) -> Non
 def test_a_worker_s_own_variables_are_looked_at_too(key: str) -> None:
     (problem,) = fabrics.worker_problems("prefill_workers[0].env on a", {key: "1", "HF_HOME": "/x"})
     assert key in problem.what
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "wanted"),
+    [
+        ("same_host", "auto", ["shared", "cma"]),
+        ("same_host", "backend", ["cma"]),
+        ("same_host", "shared", ["shared"]),
+        ("tcp", "auto", ["shared", "stream", "tcp"]),
+        ("tcp", "stream", ["stream"]),
+        ("tcp", "cma", []),
+    ],
+)
+def test_what_may_carry_kv_of_the_reference_engine(name: str, path: str, wanted: list[str]) -> None:
+    assert fabrics.wanted(PROFILES[name], path) == wanted
+    assert bool(fabrics.path_problems(name, PROFILES[name], path)) is (not wanted)
+
+
+@pytest.mark.parametrize("name", [name for name, profile in PROFILES.items() if "reference" in profile["engines"]])
+def test_a_profile_of_the_reference_engine_says_its_paths_and_floor(name: str) -> None:
+    assert 0 < PROFILES[name]["floor"] < 1
+    assert PROFILES[name]["paths"] and not fabrics.path_problems(name, PROFILES[name], "auto")

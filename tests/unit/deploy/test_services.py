@@ -46,7 +46,7 @@ def config_of(worker: topology.Worker, built: topology.Topology, inventory: Any,
     known = {
         "namespace": "t", "model_name": "m", "model_dir": "/models/m", "engine": inventory.common["engine_defaults"],
         "transfer": {"backend": "ucx", **inventory.common["transfer_defaults"]},
-        "drain_timeout_s": "30", "migration_limit": 3,
+        "drain_timeout_s": "30", "migration_limit": 3, "data_dir": "/d",
     } | changed  # fmt: skip
     return services.worker_config(worker, built, **known)
 
@@ -71,6 +71,28 @@ def test_the_worker_reads_what_is_rendered(name: str, built: topology.Topology, 
     assert config.transfer is not None
     assert config.transfer.cluster_key_file == "/etc/pdstack/cluster.key"
     assert config.drain_timeout_s == 30.0
+
+
+def test_each_role_gets_what_concerns_it_of_the_paths(built: topology.Topology, inventory: Any) -> None:
+    orders = {"decode-0": {"prefill-0": ["cma", "shared"], "prefill-9": ["stream"]}, "prefill-0": {"x": ["cma"]}}
+    auto = {"backend": "ucx", "path": "auto"}
+    prefill, decode = (
+        next(worker for worker in built["workers"] if worker["role"] == role) for role in ("prefill", "decode")
+    )
+    made = config_of(decode, built, inventory, transfer=auto, order=orders)["transfer"]
+    assert made["order"] == {"prefill-0": ["cma", "shared"]}, "one that is no longer there is left out"
+    assert made["audit_file"] == "/d/decode-0/kv-audit.jsonl" and "stream_port" not in made
+    fixed = config_of(decode, built, inventory, transfer=auto | {"path": "cma"}, order=orders)["transfer"]
+    assert "order" not in fixed
+    assert config_of(prefill, built, inventory, transfer=auto)["transfer"]["stream_port"] == 9300
+
+
+def test_the_audit_file_lies_where_the_worker_may_write(built: topology.Topology, inventory: Any) -> None:
+    spec = spec_of("prefill-0", built, inventory, data_dir="/var/lib/pdstack/t")
+    plan = service.plan(spec, deployment="t", config_dir="/etc/pdstack/t", data_dir="/var/lib/pdstack/t", uid=64000)
+    file = json.loads(spec["files"][0]["content"])["transfer"]["audit_file"]
+    assert file == f"{plan['data_dirs'][0]}/kv-audit.jsonl"
+    assert f"{plan['data_dirs'][0]}:{plan['data_dirs'][0]}:rw" in plan["volumes"]
 
 
 def test_an_entry_of_the_inventory_overrides_engine_and_environment(inventory: Any) -> None:

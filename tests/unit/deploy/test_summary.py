@@ -43,6 +43,41 @@ def test_the_kv_line_names_backend_transport_speed_and_share() -> None:
     )
 
 
+def measured(pairs: int) -> dict[str, Any]:
+    found = [
+        {
+            "prefill": f"prefill-{number}", "decode": "decode-0", "chosen": "ucx", "transport": "cma",
+            "limit": "memcpy", "worst_ratio": 0.9 - number / 100, "worst_gbps": 9.0 - number,
+        }
+        for number in range(pairs)
+    ]  # fmt: skip
+    return {"date": "2026-11-24", "demand": {"path": "auto"}, "pairs": found}
+
+
+def test_each_pair_is_shown_with_path_transport_speed_and_share() -> None:
+    lines = summary.path_lines(measured(2))
+    assert lines[0] == "KV path auto, measured before the workers started (2026-11-24), 2 pairs:"
+    assert lines[1].split("  ")[0] == "pair"
+    assert lines[2].split() == ["prefill-0", ">", "decode-0", "ucx", "cma", "9.00", "90", "%", "of", "a", "memcpy"]
+    assert len(lines) == 4
+
+
+def test_of_many_pairs_the_worst_is_shown() -> None:
+    lines = summary.path_lines(measured(9))
+    assert lines[0].endswith("the worst of 9 pairs:") and len(lines) == 3
+    assert "prefill-8 > decode-0" in lines[2]
+
+
+def test_without_a_measurement_nothing_is_said_of_it(tmp_path: Path) -> None:
+    assert summary.path_lines({}) == [] and summary.load_path(tmp_path) == {}
+
+
+def test_the_kept_measurement_is_part_of_the_summary(tmp_path: Path) -> None:
+    (tmp_path / "deployment.json").write_text(json.dumps(DEPLOYMENT))
+    (tmp_path / "kv_path.json").write_text(json.dumps(measured(1)))
+    assert "(2026-11-24), 1 pair:" in summary.load(tmp_path / "deployment.json")
+
+
 def test_an_unmeasured_speed_is_left_out_and_not_made_up() -> None:
     assert summary.kv_line({"backend": "nixl"}) == "KV path: backend nixl, transport none seen"
 

@@ -79,6 +79,21 @@ def test_decode_workers_need_no_transfer_port(inventory: Any) -> None:
     assert not [use for use in uses if use["container"].endswith("decode-0") and "transfer" in use["service"]]
 
 
+def test_a_prefill_worker_has_a_stream_port_and_every_worker_ports_for_its_end(inventory: Any) -> None:
+    hosts = inventory.hosts(prefill_workers=[{}, {}], decode_workers=[{}])
+    built = topology.build(inventory.groups(), hosts, inventory.settings(pdstack_port_offset=1000))
+    assert [(w["name"], w["stream_port"], w["kv_path_ports"]) for w in built["workers"]] == [
+        ("decode-0", 0, [10650]),
+        ("prefill-0", 10300, [10500, 10501, 10502]),
+        ("prefill-1", 10301, [10503, 10504, 10505]),
+    ]
+    used = {use["port"]: use["service"] for use in topology.port_uses(built)}
+    assert used[10301] == "worker prefill-1 (stream)" and used[10505] == "worker prefill-1 (step kv_path)"
+    gpus = inventory.hosts(prefill_workers=[{"gpus": [0]}], decode_workers=[{"gpus": [1]}])
+    others = topology.build(inventory.groups(), gpus, inventory.settings(engine="trtllm"))
+    assert all(not worker["stream_port"] and not worker["kv_path_ports"] for worker in others["workers"])
+
+
 def test_every_rank_of_a_trtllm_worker_has_a_port_of_its_own(inventory: Any) -> None:
     hosts = inventory.hosts(prefill_workers=[{"gpus": [0, 1]}, {"gpus": [2, 3]}], decode_workers=[{"gpus": [4]}])
     built = topology.build(inventory.groups(), hosts, inventory.settings(engine="trtllm"))
