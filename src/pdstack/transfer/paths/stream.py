@@ -20,7 +20,6 @@ import hashlib
 import json
 import logging
 import socket
-import struct
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -37,15 +36,14 @@ from pdstack.transfer.errors import (
     ChecksumMismatch,
     ProtocolError,
     ReadFailed,
-    Refused,
     TransferError,
 )
 from pdstack.transfer.paths import vectored
 from pdstack.transfer.paths.base import PathPeer, Region, hash_pieces
+from pdstack.transfer.paths.sockets import accept, connect, receive, receive_frame, tune
 from pdstack.transfer.plan import Offsets, Plan, split
-from pdstack.transfer.roles import Role
 from pdstack.transfer.store import HASH_UNIT, Hashes
-from pdstack.transfer.wire import MAX_GREETING, Greeting, Handshake, Message, Seal, dump, encode, frame_length, parse
+from pdstack.transfer.wire import Message, Seal, encode
 
 _log = logging.getLogger(__name__)
 STREAMS = 2
@@ -59,70 +57,6 @@ _UNHASHED_GROUP = 16 << 20
 _MAX_HEADER = 4096
 _MAX_CONNECTIONS = 64
 _ENDED = (OSError, EOFError)
-
-
-def _receive(sock: socket.socket, nbytes: int) -> bytes:
-    data = b""
-    while len(data) < nbytes:  # once, but for a peer that stops in the middle: then the next call says what it is
-        more = sock.recv(nbytes - len(data), socket.MSG_WAITALL)
-        if not more:
-            raise EOFError("the peer closed the stream")
-        data += more
-    return data
-
-
-def _receive_frame(sock: socket.socket, limit: int) -> bytes:
-    return _receive(sock, frame_length(_receive(sock, 4), limit))
-
-
-def _send_plain(sock: socket.socket, message: Message) -> None:
-    sock.sendall(encode(dump(message), MAX_GREETING))
-
-
-def _receive_plain(sock: socket.socket, kind: str) -> Message:
-    message = parse(_receive_frame(sock, MAX_GREETING))
-    if message["type"] != kind:
-        raise ProtocolError(f"the peer sent {message['type']!r:.40}, wanted {kind!r}")
-    return message
-
-
-def _check_role(greeting: Greeting, identity: Identity, wanted: Role) -> None:
-    if greeting.role != wanted or greeting.audience != identity.audience:
-        raise Refused(
-            f"{greeting.name!r} is a {greeting.role} worker of {greeting.audience!r}, wanted a {wanted} worker of "
-            f"{identity.audience!r}",
-            code="role",
-        )
-
-
-def _connect(sock: socket.socket, identity: Identity) -> Seal:
-    hello = identity.greeting()
-    _send_plain(sock, hello.message("hello"))
-    message = _receive_plain(sock, "welcome")
-    welcome = Greeting.parse(message)
-    handshake = Handshake(identity.key, hello, welcome)
-    handshake.check(message.get("proof"), handshake.prefill_proof, "the prefill agent of this stream")
-    _check_role(welcome, identity, Role.PREFILL)
-    _send_plain(sock, {"type": "auth", "proof": handshake.decode_proof})
-    return handshake.seal(Role.DECODE)
-
-
-def _accept(sock: socket.socket, identity: Identity) -> Seal:
-    hello = Greeting.parse(_receive_plain(sock, "hello"))
-    _check_role(hello, identity, Role.DECODE)
-    welcome = identity.greeting()
-    handshake = Handshake(identity.key, hello, welcome)
-    _send_plain(sock, welcome.message("welcome", proof=handshake.prefill_proof))
-    handshake.check(_receive_plain(sock, "auth").get("proof"), handshake.decode_proof, f"decode agent {hello.name!r}")
-    return handshake.seal(Role.PREFILL)
-
-
-def _tune(sock: socket.socket, patience_s: float) -> None:
-    """Blocking calls that end after `patience_s` without progress; Python's own timeout would break MSG_WAITALL."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    limit = struct.pack("ll", int(patience_s), int(patience_s % 1 * 1e6))
-    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-        sock.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
 def _count(message: Message, kind: str, most: int) -> int:
@@ -194,9 +128,9 @@ class StreamExporter(Exporter):
 
     def _converse(self, sock: socket.socket) -> None:
         try:
-            _tune(sock, HANDSHAKE_S)
-            seal = _accept(sock, self._identity)
-            _tune(sock, self._patience_s)
+            tune(sock, HANDSHAKE_S)
+            seal = accept(sock, self._identity)
+            tune(sock, self._patience_s)
             while True:
                 try:
                     sock.recv(1, socket.MSG_PEEK)  # an idle connection may be silent for as long as it likes
@@ -213,9 +147,9 @@ class StreamExporter(Exporter):
             sock.close()
 
     def _answer(self, sock: socket.socket, seal: Seal) -> None:
-        message = seal.check(_receive_frame(sock, _MAX_HEADER))
+        message = seal.check(receive_frame(sock, _MAX_HEADER))
         number = _count(message, "read", _MAX_EXTENTS)
-        request = _receive(sock, number * 16)
+        request = receive(sock, number * 16)
         if hashlib.sha256(request).hexdigest() != message.get("digest"):
             raise AuthenticationFailed("a read request was altered on its way")
         offsets, nbytes = np.frombuffer(request, "<i8").reshape(number, 2).T.astype(np.int64)
@@ -275,13 +209,13 @@ class StreamPeer(PathPeer):
             for _ in range(streams):
                 sock = socket.create_connection(where, HANDSHAKE_S)
                 sock.settimeout(None)
-                _tune(sock, HANDSHAKE_S)
+                tune(sock, HANDSHAKE_S)
                 try:
-                    self._ends.append((sock, _connect(sock, identity)))
+                    self._ends.append((sock, connect(sock, identity)))
                 except BaseException:
                     sock.close()
                     raise
-                _tune(sock, patience_s)
+                tune(sock, patience_s)
         except _ENDED as error:
             self.close()
             raise ReadFailed(
@@ -349,7 +283,7 @@ class StreamPeer(PathPeer):
     def _fill(self, sock: socket.socket, seal: Seal, pieces: Plan, request: slice, hashes: Hashes | None) -> None:
         begin = request.start
         while begin < request.stop:
-            message = seal.check(_receive_frame(sock, _MAX_HEADER))
+            message = seal.check(receive_frame(sock, _MAX_HEADER))
             end = begin + _count(message, "data", min(_MAX_VECTORS, request.stop - begin))
             offsets, nbytes = pieces.target[begin:end], pieces.nbytes[begin:end]
             vectored.receive(sock, vectored.vectors_of(self._target.address, offsets, nbytes))
