@@ -45,6 +45,8 @@ PAIR_SHIFT = 48
 TOKEN_SHIFT = 20
 # A position in an opaque block: bits 32 up the block's place in the list, below it the word.
 BLOCK_SHIFT = 32
+# How the two ends of a transfer name the checksum of a block for itself (place 0 for each), by which they compare.
+NAME = "gpu-64"
 
 MAX_PAIRS = 1 << (64 - PAIR_SHIFT)
 MAX_TOKENS = 1 << (PAIR_SHIFT - TOKEN_SHIFT)
@@ -59,18 +61,21 @@ def mix(words: Words, positions: Words) -> Words:
     return x ^ (x >> np.uint64(32))
 
 
-def block_sums(pool: npt.NDArray[Any], blocks: npt.ArrayLike, first: int = 0) -> Words:
+def block_sums(pool: npt.NDArray[Any], blocks: npt.ArrayLike, first: int | None = 0) -> Words:
     """Return uint64[n]: the checksums of `blocks` of `pool` (axis 0), the i-th of them at place `first + i`.
 
     A block is opaque here: both sides must have the same layout. The place, and not the block's number in the pool,
-    is in the position, so both sides agree though their block numbers differ, and a swap of two blocks is seen.
+    is in the position, so both sides agree though their block numbers differ, and a swap of two blocks is seen even in
+    the sum of all. With `first` None each block is at place 0, so that its checksum says what is in it and no more:
+    then the checksums must be compared one by one, each with its own.
     """
     wanted = np.asarray(blocks, dtype=np.int64)
     flat = np.ascontiguousarray(pool).view(np.uint8).reshape(len(pool), -1)
     if flat.shape[1] % WORD:
         raise ValueError(f"a block has {flat.shape[1]} bytes, wanted a multiple of {WORD}")
     words = flat[wanted].view(np.uint64)
-    place = (np.arange(len(wanted), dtype=np.uint64) + np.uint64(first)) << np.uint64(BLOCK_SHIFT)
+    place = np.zeros(len(wanted), np.uint64) if first is None else np.arange(len(wanted), dtype=np.uint64)
+    place = (place + np.uint64(first or 0)) << np.uint64(BLOCK_SHIFT)
     positions = place[:, None] + np.arange(words.shape[1], dtype=np.uint64)[None, :]
     sums: Words = mix(words, positions).sum(axis=1, dtype=np.uint64)
     return sums

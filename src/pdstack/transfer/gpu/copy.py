@@ -83,12 +83,19 @@ def _upload(numbers: npt.NDArray[np.int64]) -> Any:
 
 
 def copy_blocks(
-    source: Pool, target: Pool, sources: Table, targets: Table, block_bytes: int, *, checksum: bool, first: int = 0
+    source: Pool,
+    target: Pool,
+    sources: Table,
+    targets: Table,
+    block_bytes: int,
+    *,
+    checksum: bool,
+    first: int | None = 0,
 ) -> Any:
     """Copy block `sources[i]` to `targets[i]`; return int64[n] checksums (:func:`checksum.block_sums`), or None.
 
-    `first` is the place in the request of the list's first block. Raises :class:`LayoutMismatch` if a table is of a
-    pool larger than the one given.
+    `first` is the place in the request of the list's first block; with None each block is checked for itself. Raises
+    :class:`LayoutMismatch` if a table is of a pool larger than the one given.
     """
     _inside(source, sources, block_bytes, "source")
     _inside(target, targets, block_bytes, "target")
@@ -106,7 +113,7 @@ def _inside(pool: Pool, blocks: Table, block_bytes: int, what: str) -> None:
         )
 
 
-def sum_blocks(pool: Pool, blocks: Table, block_bytes: int, *, first: int = 0) -> Any:
+def sum_blocks(pool: Pool, blocks: Table, block_bytes: int, *, first: int | None = 0) -> Any:
     """Return int64[n]: the checksums of blocks where they lie. What prefill puts into its ticket."""
     _inside(pool, blocks, block_bytes, "summed")
     numbers = blocks.numbers
@@ -136,13 +143,15 @@ def copy_extents(
     _extents(source, target, s, t, n, PIECE, 8, 0, copy=True, checksum=False)
 
 
-def gather(pool: Pool, blocks: Table, block_bytes: int, staging: Pool, *, checksum: bool, first: int = 0) -> Any:
+def gather(pool: Pool, blocks: Table, block_bytes: int, staging: Pool, *, checksum: bool, first: int | None = 0) -> Any:
     """Collect blocks into one run at the start of `staging`, which then leaves this host as one message."""
     _room(staging, len(blocks), block_bytes)
     return copy_blocks(pool, staging, blocks, _places(len(blocks)), block_bytes, checksum=checksum, first=first)
 
 
-def scatter(staging: Pool, pool: Pool, blocks: Table, block_bytes: int, *, checksum: bool, first: int = 0) -> Any:
+def scatter(
+    staging: Pool, pool: Pool, blocks: Table, block_bytes: int, *, checksum: bool, first: int | None = 0
+) -> Any:
     """Spread the run at the start of `staging` over `blocks`; the checksums are of what arrived in staging."""
     _room(staging, len(blocks), block_bytes)
     return copy_blocks(staging, pool, _places(len(blocks)), blocks, block_bytes, checksum=checksum, first=first)
@@ -157,7 +166,7 @@ def _room(staging: Pool, count: int, block_bytes: int) -> None:
 
 
 def _extents(
-    source: Pool, target: Pool, sources: Any, targets: Any, lengths: Any, extent: int, unit: int, first: int,
+    source: Pool, target: Pool, sources: Any, targets: Any, lengths: Any, extent: int, unit: int, first: int | None,
     *, copy: bool, checksum: bool,
 ) -> Any:  # fmt: skip
     needs = gpu()
@@ -175,8 +184,9 @@ def _extents(
         needs.kernels.copy_extents[(count * parts,)](
             source.address, target.address, sources, targets, sources if lengths is None else lengths,
             sources if sums is None else sums,
-            unit // 8, words, first, parts,
-            COLS=cols, COPY=copy, SUM=checksum, LENGTHS=lengths is not None, num_warps=_warps(cols),
+            unit // 8, words, first or 0, parts,
+            COLS=cols, COPY=copy, SUM=checksum, LENGTHS=lengths is not None, PLACES=first is not None,
+            num_warps=_warps(cols),
         )  # fmt: skip
     return sums
 

@@ -22,13 +22,15 @@ import ctypes
 import json
 import os
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pdstack.transfer.errors import BackendUnavailable, ProtocolError, ReadFailed
+from pdstack.transfer.gpu.driver import check, device, driver, use
 
 VERSION = 1
+# The code of errors that say why a pool cannot be mapped here, however often it is tried.
+NOT_PERMITTED = "not_permitted"
 _HANDLE_BYTES = 64
 # CUresult and CUpointer_attribute of cuda.h.
 _INVALID_CONTEXT = 201
@@ -90,17 +92,23 @@ class Export:
         return export
 
 
+_ANOTHER_HOST = "the pool is on another host: CUDA IPC is for one host; use the path staged (gather, send, scatter)"
+
+
+def boot() -> str:
+    """This host's boot id (random(4))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def obstacle(theirs: Place, ours: Place, visible: list[str]) -> str:
     """Return why a pool of `theirs` cannot be mapped in `ours`, with the fix; nothing if nothing speaks against it.
 
     `visible` are the GPUs of this process.
     """
     if theirs.boot != ours.boot:
-        return "the pool is on another host: CUDA IPC is for one host; use the rdma or tcp path (gather, send, scatter)"
+        return _ANOTHER_HOST
     if theirs.mig or ours.mig:
-        return (
-            "a GPU is in MIG mode: CUDA IPC does not go between MIG instances; use whole GPUs or the host-memory path"
-        )
+        return "a GPU is in MIG mode: CUDA IPC does not go between MIG instances; use whole GPUs or the path staged"
     if theirs.pid == ours.pid:
         if theirs.pid_namespace == ours.pid_namespace:
             return "the pool is this process's own: use its address, CUDA refuses to map a process's memory twice"
@@ -116,73 +124,33 @@ def obstacle(theirs: Place, ours: Place, visible: list[str]) -> str:
     return ""
 
 
-@cache
-def _driver() -> Any:
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise BackendUnavailable(
-            f"CUDA IPC needs NVIDIA's driver: {error}; install it, or start the container with --gpus all"
-        ) from error
-    _check(
-        library,
-        library.cuInit(0),
-        "cuInit",
-        "look at nvidia-smi: is the driver loaded and a GPU given to this container?",
-    )
-    return library
-
-
-def _check(library: Any, code: int, call: str, fix: str, kind: type[Exception] = BackendUnavailable) -> None:
-    if code:
-        name = ctypes.c_char_p()
-        library.cuGetErrorName(code, ctypes.byref(name))
-        raise kind(f"{call} gave {(name.value or b'an unknown error').decode()} ({code}): {fix}")
-
-
-def _device(library: Any, ordinal: int) -> int:
-    device = ctypes.c_int()
-    _check(
-        library, library.cuDeviceGet(ctypes.byref(device), ordinal), "cuDeviceGet", f"this process has no GPU {ordinal}"
-    )
-    return device.value
-
-
 def _uuids(library: Any, ordinal: int) -> tuple[str, str]:
     """Return the GPU's UUID and that of the instance; they differ under MIG."""
     found = []
     for call in ("cuDeviceGetUuid", "cuDeviceGetUuid_v2"):
         uuid = _Uuid()
-        code = getattr(library, call)(ctypes.byref(uuid), _device(library, ordinal))
-        _check(library, code, call, "the driver must be 470 or newer")
+        code = getattr(library, call)(ctypes.byref(uuid), device(library, ordinal))
+        check(library, code, call, "the driver must be 470 or newer")
         found.append(bytes(uuid).hex())
     return found[0], found[1]
 
 
 def gpus() -> list[str]:
     """Return the UUIDs, in hex, of the GPUs that this process sees, in CUDA's order."""
-    library = _driver()
+    library = driver()
     count = ctypes.c_int()
-    _check(library, library.cuDeviceGetCount(ctypes.byref(count)), "cuDeviceGetCount", "look at nvidia-smi")
+    check(library, library.cuDeviceGetCount(ctypes.byref(count)), "cuDeviceGetCount", "look at nvidia-smi")
     return [_uuids(library, ordinal)[1] for ordinal in range(count.value)]
 
 
 def place(ordinal: int) -> Place:
     """Return where this process runs, with its GPU number `ordinal`."""
-    whole, instance = _uuids(_driver(), ordinal)
+    whole, instance = _uuids(driver(), ordinal)
     return Place(
-        boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        boot=boot(),
         pid_namespace=str(Path("/proc/self/ns/pid").readlink()),
         pid=os.getpid(), gpu=instance, mig=whole != instance,
     )  # fmt: skip
-
-
-def _use(library: Any, ordinal: int) -> None:
-    """Make the GPU's primary context, which torch and cudart use, current in this thread."""
-    context = ctypes.c_void_p()
-    code = library.cuDevicePrimaryCtxRetain(ctypes.byref(context), _device(library, ordinal))
-    _check(library, code, "cuDevicePrimaryCtxRetain", "is the GPU in exclusive mode or out of memory?")
-    _check(library, library.cuCtxSetCurrent(context), "cuCtxSetCurrent", "the GPU fell off the bus? look at nvidia-smi")
 
 
 def export(address: int, nbytes: int) -> Export:
@@ -190,20 +158,20 @@ def export(address: int, nbytes: int) -> Export:
 
     Raises :class:`BackendUnavailable` if the memory has no IPC handle.
     """
-    library = _driver()
+    library = driver()
     ordinal = ctypes.c_int()
     pointer = ctypes.c_uint64(address)
     code = library.cuPointerGetAttribute(ctypes.byref(ordinal), _POINTER_DEVICE_ORDINAL, pointer)
-    _check(
+    check(
         library,
         code,
         "cuPointerGetAttribute",
         f"{address:#x} is no GPU memory of this process: pass a CUDA pool's address",
     )
-    _use(library, ordinal.value)
+    use(library, ordinal.value)
     base, size = ctypes.c_uint64(), ctypes.c_size_t()
     code = library.cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), pointer)
-    _check(library, code, "cuMemGetAddressRange", f"{address:#x} is no GPU memory of this process")
+    check(library, code, "cuMemGetAddressRange", f"{address:#x} is no GPU memory of this process")
     offset = address - base.value
     if offset + nbytes > size.value:
         raise BackendUnavailable(
@@ -216,7 +184,7 @@ def export(address: int, nbytes: int) -> Export:
         "this memory cannot be shared: allocate the pool with cudaMalloc, not as managed or virtual memory "
         "(PYTORCH_CUDA_ALLOC_CONF without expandable_segments), and not on a MIG instance"
     )
-    _check(library, code, "cuIpcGetMemHandle", fix)
+    check(library, code, "cuIpcGetMemHandle", fix)
     return Export(bytes(handle).hex(), offset, nbytes, place(ordinal.value))
 
 
@@ -228,10 +196,12 @@ class Mapping:
     """
 
     def __init__(self, exported: Export, ordinal: int = 0) -> None:
-        self._library = _driver()
+        if exported.place.boot != boot():  # known even where there is no driver to ask
+            raise BackendUnavailable(f"prefill's GPU pool cannot be mapped: {_ANOTHER_HOST}", code=NOT_PERMITTED)
+        self._library = driver()
         ours, visible = place(ordinal), gpus()
         if reason := obstacle(exported.place, ours, visible):
-            raise BackendUnavailable(f"prefill's GPU pool cannot be mapped: {reason}")
+            raise BackendUnavailable(f"prefill's GPU pool cannot be mapped: {reason}", code=NOT_PERMITTED)
         self._reach(visible.index(exported.place.gpu), ordinal)
         self._open(exported, ordinal)
 
@@ -240,17 +210,18 @@ class Mapping:
             return
         can = ctypes.c_int()
         library = self._library
-        code = library.cuDeviceCanAccessPeer(ctypes.byref(can), _device(library, ours), _device(library, theirs))
-        _check(library, code, "cuDeviceCanAccessPeer", "look at nvidia-smi topo -p2p r")
+        code = library.cuDeviceCanAccessPeer(ctypes.byref(can), device(library, ours), device(library, theirs))
+        check(library, code, "cuDeviceCanAccessPeer", "look at nvidia-smi topo -p2p r")
         if not can.value:
             raise BackendUnavailable(
                 f"GPU {ours} cannot access GPU {theirs} of this host (neither NVLink nor PCIe peer access): see "
-                "nvidia-smi topo -p2p r; turn off the IOMMU/ACS for PCIe, or use the host-memory path"
+                "nvidia-smi topo -p2p r; turn off the IOMMU/ACS for PCIe, or use the path staged",
+                code=NOT_PERMITTED,
             )
 
     def _open(self, exported: Export, ordinal: int) -> None:
         library = self._library
-        _use(library, ordinal)
+        use(library, ordinal)
         self._ordinal = ordinal
         self._base = ctypes.c_uint64()
         handle = _Handle.from_buffer_copy(bytes.fromhex(exported.handle))
@@ -260,7 +231,7 @@ class Mapping:
             fix = (
                 "the driver takes the handle for this process's own: a PID namespace is between the two, use --pid=host"
             )
-        _check(library, code, "cuIpcOpenMemHandle", fix)
+        check(library, code, "cuIpcOpenMemHandle", fix)
         size = ctypes.c_size_t()
         code = library.cuMemGetAddressRange_v2(None, ctypes.byref(size), self._base)
         if code or exported.offset + exported.nbytes > size.value:
@@ -275,7 +246,7 @@ class Mapping:
     def close(self) -> None:
         """Unmap. All reads must be over: synchronise the stream first. Safe to call twice."""
         if self._base.value:
-            _use(self._library, self._ordinal)
+            use(self._library, self._ordinal)
             code = self._library.cuIpcCloseMemHandle(self._base)
             self._base = ctypes.c_uint64()
-            _check(self._library, code, "cuIpcCloseMemHandle", "an earlier kernel failed; see its error", ReadFailed)
+            check(self._library, code, "cuIpcCloseMemHandle", "an earlier kernel failed; see its error", ReadFailed)

@@ -2,7 +2,8 @@
 
 All memory is 8-byte words at raw addresses, as a pool of another process has an address and no tensor. Two words
 (16 bytes) are one thread's load; addresses and strides are multiples of that, which the hints tell the compiler.
-`mix` is `checksum.mix`; tests hold the two to the same numbers.
+`mix` is `checksum.mix`; tests hold the two to the same numbers. Addresses are cast to 64 bits as the interpreter takes
+small ones, of host memory, for 32.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def _mix(words, positions):
 @triton.jit
 def copy_extents(
     source, target, sources, targets, lengths, sums, unit, words, first, parts,
-    COLS: tl.constexpr, COPY: tl.constexpr, SUM: tl.constexpr, LENGTHS: tl.constexpr,
+    COLS: tl.constexpr, COPY: tl.constexpr, SUM: tl.constexpr, LENGTHS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """Copy extents of `words` words (or `lengths`), from source + sources[i] * unit to target + targets[i] * unit.
 
@@ -45,13 +46,16 @@ def copy_extents(
     lane = tl.arange(0, COLS)
     size = tl.load(lengths + row).to(tl.int32) if LENGTHS else words
     inside = start + lane < size
-    pool = source.to(tl.pointer_type(tl.int64)) + tl.multiple_of(tl.load(sources + row) * unit, 2) + start
+    pool = source.to(tl.int64).to(tl.pointer_type(tl.int64)) + tl.multiple_of(tl.load(sources + row) * unit, 2) + start
     data = tl.load(pool + lane, mask=inside, other=0)
     if COPY:
-        own = target.to(tl.pointer_type(tl.int64)) + tl.multiple_of(tl.load(targets + row) * unit, 2) + start
+        own = (
+            target.to(tl.int64).to(tl.pointer_type(tl.int64)) + tl.multiple_of(tl.load(targets + row) * unit, 2) + start
+        )
         tl.store(own + lane, data, mask=inside)
     if SUM:
-        position = ((row + first).to(tl.int64) << _BLOCK) + start + lane
+        place = (row + first).to(tl.int64) if PLACES else row.to(tl.int64) * 0
+        position = (place << _BLOCK) + start + lane
         tl.atomic_add(sums + row, tl.sum(tl.where(inside, _mix(data, position), 0), axis=0), sem="relaxed")
 
 
@@ -91,12 +95,12 @@ def copy_kv(
     zero = number.to(tl.int64) * 0
     base = tl.load(source_blocks + start // S_SIZE) * s_block + (zero + start % S_SIZE) * s_token
     base += (zero + layer - s_layer0) * s_layer + (zero + kv) * s_kv + (zero + head_from - s_head0) * s_head
-    pool = source.to(tl.pointer_type(tl.int64)) + tl.multiple_of(base, 2)
+    pool = source.to(tl.int64).to(tl.pointer_type(tl.int64)) + tl.multiple_of(base, 2)
     data = tl.load(pool + (token * s_token + head * s_head + word), mask=inside, other=0)
     if COPY:
         end = tl.load(target_blocks + start // T_SIZE) * t_block + (zero + start % T_SIZE) * t_token
         end += (zero + layer - t_layer0) * t_layer + (zero + kv) * t_kv + (zero + head_from - t_head0) * t_head
-        own = target.to(tl.pointer_type(tl.int64)) + tl.multiple_of(end, 2)
+        own = target.to(tl.int64).to(tl.pointer_type(tl.int64)) + tl.multiple_of(end, 2)
         tl.store(own + (token * t_token + head * t_head + word), data, mask=inside)
     if SUM:
         position = (pair.to(tl.int64) << _PAIR) + ((start + token).to(tl.int64) << _TOKEN) + head_from * WORDS + col

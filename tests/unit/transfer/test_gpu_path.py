@@ -1,0 +1,57 @@
+"""What can be said of the path `cuda_ipc` without a GPU: its plans, its metadata, and why a peer is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdstack.transfer import ReadFailed
+from pdstack.transfer.gpu import ipc
+from pdstack.transfer.gpu.store import is_tensor
+from pdstack.transfer.paths.gpu import GpuPeer, whole_blocks
+from pdstack.transfer.plan import blocks, merge
+
+HERE = ipc.Place(boot=ipc.boot(), pid_namespace="pid:[1]", pid=10, gpu="a" * 32, mig=False)
+
+
+@given(st.lists(st.integers(0, 60), max_size=40, unique=True), st.randoms(use_true_random=False))
+def test_a_plan_of_blocks_is_those_blocks_in_the_order_of_their_targets(targets: list[int], random: Any) -> None:
+    sources = [random.randrange(100) for _ in targets]
+    there, here = whole_blocks(blocks(4096, sources, targets), 4096)
+    wanted = sorted(zip(targets, sources, strict=True))
+    assert list(zip(here.tolist(), there.tolist(), strict=True)) == wanted
+
+
+@pytest.mark.parametrize(("source", "target", "nbytes"), [(16, 0, 4096), (0, 16, 4096), (0, 0, 4112)])
+def test_a_cut_block_is_refused(source: int, target: int, nbytes: int) -> None:
+    with pytest.raises(ValueError, match="whole blocks"):
+        whole_blocks(merge([source], [target], [nbytes]), 4096)
+
+
+def export(**changes: Any) -> bytes:
+    place = ipc.Place(**{**vars(HERE), **changes})
+    return ipc.Export("00" * 64, 0, 1 << 20, place).to_json().encode()
+
+
+def test_a_pool_on_another_host_is_not_permitted_even_where_no_driver_is() -> None:
+    no_store: Any = None  # it is refused before our own pool is looked at
+    with pytest.raises(ReadFailed, match=r"on another host.*path staged") as refused:
+        GpuPeer(export(boot="another"), no_store)
+    assert refused.value.code == "not_permitted"
+
+
+@pytest.mark.parametrize("metadata", [b"", b"\xff", b"{}", json.dumps({"version": 9}).encode()])
+def test_other_metadata_is_refused(metadata: bytes) -> None:
+    no_store: Any = None
+    with pytest.raises(ReadFailed, match="cannot be read") as refused:
+        GpuPeer(metadata, no_store)
+    assert refused.value.code == "read_failed"
+
+
+def test_an_array_is_no_tensor() -> None:
+    assert not is_tensor(np.zeros(3))
