@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def export(**changes: Any) -> bytes:
 
 
 def test_a_pool_on_another_host_is_not_permitted_even_where_no_driver_is() -> None:
-    no_store: Any = None  # it is refused before our own pool is looked at
+    no_store: Any = SimpleNamespace(ordinal=0)  # it is refused before our own pool is looked at
     with pytest.raises(ReadFailed, match=r"on another host.*path staged") as refused:
         GpuPeer(export(boot="another"), no_store)
     assert refused.value.code == "not_permitted"
