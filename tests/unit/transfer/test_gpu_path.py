@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pdstack.transfer import ReadFailed
 from pdstack.transfer.gpu import ipc
 from pdstack.transfer.gpu.store import is_tensor
-from pdstack.transfer.paths.gpu import GpuPeer, whole_blocks
+from pdstack.transfer.paths.blocks import whole_blocks
+from pdstack.transfer.paths.gpu import GpuPeer
 from pdstack.transfer.plan import blocks, merge
 
 HERE = ipc.Place(boot=ipc.boot(), pid_namespace="pid:[1]", pid=10, gpu="a" * 32, mig=False)

@@ -56,6 +56,23 @@ class Lane:
             finally:
                 self.finish()
 
+    def begin(self, call: Callable[[], _T], what: str) -> Callable[[], _T]:
+        """Queue what `call` queues, and return at once a function that waits for it and gives what `call` returned.
+
+        Both raise as :meth:`run` does.
+        """
+        with self._translated(what), self.on():
+            result = call()
+            event = None if self._stream is None else self._stream.record_event()
+
+        def wait() -> _T:
+            if event is not None:
+                with self._translated(what):
+                    event.synchronize()
+            return result
+
+        return wait
+
     @contextmanager
     def _translated(self, what: str) -> Iterator[None]:
         try:

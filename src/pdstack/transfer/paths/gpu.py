@@ -12,7 +12,6 @@ of at most 1 GiB, and an abort waits for one of them: a millisecond within a GPU
 from __future__ import annotations
 
 import contextlib
-import logging
 from functools import partial
 from threading import Event
 
@@ -23,23 +22,11 @@ from pdstack.transfer.errors import BackendUnavailable, ProtocolError, ReadFaile
 from pdstack.transfer.gpu import copy, ipc
 from pdstack.transfer.gpu.lane import Lane
 from pdstack.transfer.gpu.store import CudaStore, unsigned
-from pdstack.transfer.paths.base import Hashes, PathPeer, aborted
-from pdstack.transfer.plan import Offsets, Plan, ranges
+from pdstack.transfer.paths.base import Hashes, aborted
+from pdstack.transfer.paths.blocks import BlockPeer
+from pdstack.transfer.plan import Offsets
 
-_log = logging.getLogger(__name__)
 _LAUNCH = 1 << 30
-
-
-def whole_blocks(plan: Plan, block_bytes: int) -> tuple[Offsets, Offsets]:
-    """The plan as block numbers of both pools. Raises ValueError if an extent is not made of whole blocks."""
-    for values in (plan.source, plan.target, plan.nbytes):
-        if np.any(values % block_bytes):
-            raise ValueError(
-                f"an extent of the plan does not begin or end with a block of {block_bytes} bytes: GPU pools of one "
-                "layout are read in whole blocks (gpu.copy.copy_kv goes between different layouts)"
-            )
-    counts = plan.nbytes // block_bytes
-    return ranges(plan.source // block_bytes, counts), ranges(plan.target // block_bytes, counts)
 
 
 class GpuExporter(Exporter):
@@ -62,7 +49,7 @@ class GpuExporter(Exporter):
         """Nothing to let go of: the pool's owner frees it, and only when no reader maps it any more."""
 
 
-class GpuPeer(PathPeer):
+class GpuPeer(BlockPeer):
     """One exporter's pool, mapped. Raises :class:`ReadFailed` with the reason if that cannot be.
 
     Its code is ``not_permitted`` where it can never be: another host, a GPU that this process does not see or reach.
@@ -82,21 +69,16 @@ class GpuPeer(PathPeer):
             raise ReadFailed(str(error), code=None if permitted else ipc.NOT_PERMITTED) from error
         self._source = copy.Pool(self._mapping.address, self._mapping.nbytes)
         self._store = store
-        self._size = store.view.block_bytes
+        self.block_bytes = store.view.block_bytes
         self._lane = Lane(store.ordinal)
         self._ended = Event()
 
-    def read(self, plan: Plan, *, checksum: bool = True) -> Hashes | None:
-        """See the base class; hashes are the GPU's checksums (`gpu.checksum`), one a block in the plan's order.
-
-        They are taken from the words as they were read, in the pass that writes them.
-        """
-        plan.within(self._source.nbytes, self._store.view.nbytes)
-        sources, targets = whole_blocks(plan, self._size)
+    def read_blocks(self, sources: Offsets, targets: Offsets, *, checksum: bool = True) -> Hashes | None:
+        """See the base class. Hashes are `gpu.checksum`'s, of the words that were read, in the same pass."""
         if self._ended.is_set():
             raise ReadFailed("this cuda_ipc peer is closed")
         found = []
-        step = max(1, _LAUNCH // self._size)
+        step = max(1, _LAUNCH // self.block_bytes)
         for begin in range(0, len(sources), step):
             if self._ended.is_set():
                 raise aborted()
@@ -106,9 +88,11 @@ class GpuPeer(PathPeer):
         return np.concatenate([np.zeros(0, np.uint64), *found]) if checksum else None
 
     def _copy(self, sources: Offsets, targets: Offsets, checksum: bool) -> Hashes:
-        theirs = copy.table(sources, self._source.nbytes // self._size, "prefill's")
+        theirs = copy.table(sources, self._source.nbytes // self.block_bytes, "prefill's")
         ours = copy.table(targets, self._store.view.num_blocks, "local", unique=True)
-        sums = copy.copy_blocks(self._source, self._store.pool, theirs, ours, self._size, checksum=checksum, first=None)
+        sums = copy.copy_blocks(
+            self._source, self._store.pool, theirs, ours, self.block_bytes, checksum=checksum, first=None
+        )
         return unsigned(sums) if checksum else np.zeros(0, np.uint64)
 
     def abort(self) -> None:

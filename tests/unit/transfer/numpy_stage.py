@@ -1,0 +1,46 @@
+"""A stage of a pool in host memory, in numpy: what `gpu.staging` does with kernels, so that the path needs no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pdstack.transfer.gpu import checksum
+from pdstack.transfer.gpu.view import check_blocks
+from pdstack.transfer.paths.base import Hashes
+from pdstack.transfer.paths.stage import Stage
+from pdstack.transfer.plan import Offsets
+
+
+class NumpyStage(Stage):
+    """`pool` is uint8 (blocks, bytes)."""
+
+    def __init__(self, pool: Any, array: Any, slot_bytes: int) -> None:
+        super().__init__(array, slot_bytes, pool.shape[1], pool.shape[0])
+        self.pool = pool
+        self.closed = False
+
+    def rows(self, slot: int, count: int) -> Any:
+        start = slot * self.slot_bytes
+        return self.array[start : start + count * self.block_bytes].reshape(count, self.block_bytes)
+
+    def gather(self, blocks: Offsets, slot: int) -> None:
+        self.rows(slot, len(blocks))[:] = self.pool[blocks]
+
+    def scatter(self, slot: int, blocks: Offsets) -> Callable[[], Hashes]:
+        check_blocks(blocks, self.num_blocks, "local", unique=True)
+
+        def wait() -> Hashes:
+            rows = self.rows(slot, len(blocks))
+            self.pool[blocks] = rows
+            return checksum.block_sums(rows, np.arange(len(blocks)), None)
+
+        return wait
+
+    def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
