@@ -12,9 +12,18 @@ from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from store_process import content
+
+from pdstack.transfer.gpu.needs import gpu
+from pdstack.transfer.gpu.store import CudaStore
 from pdstack.transfer.layout import KVLayout
 
 SRC = Path(__file__).resolve().parents[2] / "src"
+# Blocks of 32 KiB, 64 MiB in all.
+LAYOUT = KVLayout(2048, 4, 16, 2, 64, "float16")
+SEED = 17
+COUNT = 1500
 
 
 class Prefill:
@@ -29,7 +38,7 @@ class Prefill:
             )
             self.pipe = listener.accept()
         self.pipe.send((asdict(layout), seed, device))
-        self.metadata: bytes = self.pipe.recv()
+        self.metadata: dict[str, bytes] = self.pipe.recv()
 
     def call(self, *message: Any) -> Any:
         self.pipe.send(message if len(message) > 1 else message[0])
@@ -45,3 +54,23 @@ class Prefill:
         self.process.kill()
         self.process.wait(20)
         self.pipe.close()
+
+
+def own_store(device: str = "cuda:0") -> tuple[Any, CudaStore]:
+    pool = content(LAYOUT, SEED + 1, device)
+    return pool, CudaStore(LAYOUT, pool)
+
+
+def tables(seed: int, count: int = COUNT) -> tuple[Any, Any]:
+    rng = np.random.default_rng(seed)
+    return rng.permutation(LAYOUT.num_blocks)[:count], rng.permutation(LAYOUT.num_blocks)[:count]
+
+
+def bits(pool: Any) -> Any:
+    return pool.cpu().view(gpu().torch.uint8).numpy().reshape(LAYOUT.num_blocks, -1)
+
+
+def expected(source: Any, target: Any) -> Any:
+    wanted, theirs = bits(content(LAYOUT, SEED + 1, "cpu")).copy(), bits(content(LAYOUT, SEED, "cpu"))
+    wanted[target] = theirs[source]
+    return wanted

@@ -7,10 +7,17 @@ import sys
 from multiprocessing.connection import Client
 from typing import Any
 
+from pdstack.transfer.channel import Identity
 from pdstack.transfer.gpu.needs import gpu
 from pdstack.transfer.gpu.store import CudaStore
+from pdstack.transfer.keys import ClusterKey
 from pdstack.transfer.layout import KVLayout
-from pdstack.transfer.paths.gpu import GpuExporter
+from pdstack.transfer.paths.gpu_ways import exporters
+from pdstack.transfer.roles import Role
+
+
+def identity(role: Role) -> Identity:
+    return Identity(role.value, "run-1", role, "ns/model", ClusterKey(b"k" * 32))
 
 
 def content(layout: KVLayout, seed: int, device: str) -> Any:
@@ -27,7 +34,9 @@ def main() -> None:
         layout = KVLayout(**fields)
         pool = content(layout, seed, device)
         store = CudaStore(layout, pool)
-        pipe.send(GpuExporter(store).metadata())
+        makers = exporters(store, identity(Role.PREFILL), listen_host="127.0.0.1", advertise="127.0.0.1", patience_s=5)
+        made = {name: make() for name, make in makers.items()}
+        pipe.send({name: exporter.metadata() for name, exporter in made.items()})
         flat = pool.view(gpu().torch.uint8).view(layout.num_blocks, -1)
         while True:
             match pipe.recv():

@@ -12,19 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from store_pair import Prefill
+from store_pair import LAYOUT, SEED, Prefill, bits, expected, own_store, tables
 from store_process import content
 
-from pdstack.transfer import KVLayout, LayoutMismatch, ReadFailed
+from pdstack.transfer import LayoutMismatch, ReadFailed
 from pdstack.transfer.gpu.needs import gpu
-from pdstack.transfer.gpu.store import CudaStore
 from pdstack.transfer.paths.gpu import GpuPeer
 from pdstack.transfer.plan import blocks
-
-# Blocks of 32 KiB, 64 MiB in all.
-LAYOUT = KVLayout(2048, 4, 16, 2, 64, "float16")
-SEED = 17
-COUNT = 1500
 
 
 @pytest.fixture
@@ -34,33 +28,13 @@ def prefill() -> Iterator[Prefill]:
     made.end()
 
 
-def own_store(device: str = "cuda:0") -> tuple[Any, CudaStore]:
-    pool = content(LAYOUT, SEED + 1, device)
-    return pool, CudaStore(LAYOUT, pool)
-
-
-def tables(seed: int, count: int = COUNT) -> tuple[Any, Any]:
-    rng = np.random.default_rng(seed)
-    return rng.permutation(LAYOUT.num_blocks)[:count], rng.permutation(LAYOUT.num_blocks)[:count]
-
-
-def bits(pool: Any) -> Any:
-    return pool.cpu().view(gpu().torch.uint8).numpy().reshape(LAYOUT.num_blocks, -1)
-
-
-def expected(source: Any, target: Any) -> Any:
-    wanted, theirs = bits(content(LAYOUT, SEED + 1, "cpu")).copy(), bits(content(LAYOUT, SEED, "cpu"))
-    wanted[target] = theirs[source]
-    return wanted
-
-
 @pytest.mark.parametrize("checked", [True, False])
 def test_every_byte_arrives_nothing_else_is_touched_and_the_hashes_are_prefills(
     prefill: Prefill, checked: bool
 ) -> None:
     pool, store = own_store()
     source, target = tables(3)
-    peer = GpuPeer(prefill.metadata, store)
+    peer = GpuPeer(prefill.metadata["cuda_ipc"], store)
     hashes = peer.read(blocks(LAYOUT.block_bytes, source, target), checksum=checked)
     assert np.array_equal(bits(pool), expected(source, target))
     if checked:
@@ -81,7 +55,7 @@ def test_a_byte_that_changed_after_hashing_shows(prefill: Prefill) -> None:
     before = prefill.call("hashes", source)
     prefill.call("poke", 142, 999, 1)
     prefill.call("poke", 143, 999, 1)
-    peer = GpuPeer(prefill.metadata, store)
+    peer = GpuPeer(prefill.metadata["cuda_ipc"], store)
     found = peer.read(blocks(LAYOUT.block_bytes, source, list(range(100))))
     changed = set(np.flatnonzero(found != before).tolist())
     # A byte that was 1 by chance is no change; two of them were not.
@@ -92,7 +66,7 @@ def test_a_byte_that_changed_after_hashing_shows(prefill: Prefill) -> None:
 
 def test_two_mappings_of_one_pool_are_closed_one_by_one(prefill: Prefill) -> None:
     pool, store = own_store()
-    first, second = GpuPeer(prefill.metadata, store), GpuPeer(prefill.metadata, store)
+    first, second = GpuPeer(prefill.metadata["cuda_ipc"], store), GpuPeer(prefill.metadata["cuda_ipc"], store)
     first.close()
     source, target = tables(4)
     second.read(blocks(LAYOUT.block_bytes, source, target))
@@ -108,7 +82,7 @@ def test_a_read_goes_on_when_prefill_is_killed_or_frozen_and_then_leaves_our_blo
     source, target = tables(5)
     plan = blocks(LAYOUT.block_bytes, source, target)
     wanted = prefill.call("hashes", source[np.argsort(target)].tolist())
-    peer = GpuPeer(prefill.metadata, store)
+    peer = GpuPeer(prefill.metadata["cuda_ipc"], store)
     ends: list[Any] = []
     stop = threading.Event()
 
@@ -135,7 +109,7 @@ def test_a_read_goes_on_when_prefill_is_killed_or_frozen_and_then_leaves_our_blo
 def test_an_abort_ends_reads_and_the_peer(prefill: Prefill) -> None:
     _, store = own_store()
     source, target = tables(6)
-    peer = GpuPeer(prefill.metadata, store)
+    peer = GpuPeer(prefill.metadata["cuda_ipc"], store)
     plan = blocks(LAYOUT.block_bytes, source, target)
     peer.read(plan)
     peer.abort()
@@ -146,7 +120,7 @@ def test_an_abort_ends_reads_and_the_peer(prefill: Prefill) -> None:
 
 def test_a_plan_that_leaves_the_pools_or_cuts_a_block_is_refused(prefill: Prefill) -> None:
     pool, store = own_store()
-    peer = GpuPeer(prefill.metadata, store)
+    peer = GpuPeer(prefill.metadata["cuda_ipc"], store)
     for plan in (
         blocks(LAYOUT.block_bytes, [LAYOUT.num_blocks], [0]),
         blocks(LAYOUT.block_bytes, [0], [LAYOUT.num_blocks]),
@@ -162,7 +136,7 @@ def test_a_prefill_that_is_gone_is_refused_with_the_reason(prefill: Prefill) -> 
     _, store = own_store()
     prefill.signal(signal.SIGKILL)
     with pytest.raises(ReadFailed, match="must live and still hold the pool"):
-        GpuPeer(prefill.metadata, store)
+        GpuPeer(prefill.metadata["cuda_ipc"], store)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare")
@@ -170,7 +144,7 @@ def test_prefill_in_another_pid_namespace_is_read() -> None:
     prefill = Prefill(LAYOUT, SEED, "cuda:0", "unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
     pool, store = own_store()
     source, target = tables(7)
-    peer = GpuPeer(prefill.metadata, store)
+    peer = GpuPeer(prefill.metadata["cuda_ipc"], store)
     peer.read(blocks(LAYOUT.block_bytes, source, target))
     assert np.array_equal(bits(pool), expected(source, target))
     peer.close()
@@ -183,7 +157,7 @@ def test_another_gpu_of_the_host_is_read() -> None:
     prefill = Prefill(LAYOUT, SEED, "cuda:1")
     pool, store = own_store()
     source, target = tables(8)
-    peer = GpuPeer(prefill.metadata, store)
+    peer = GpuPeer(prefill.metadata["cuda_ipc"], store)
     hashes = peer.read(blocks(LAYOUT.block_bytes, source, target))
     assert np.array_equal(bits(pool), expected(source, target))
     assert np.array_equal(hashes, prefill.call("hashes", source[np.argsort(target)].tolist()))

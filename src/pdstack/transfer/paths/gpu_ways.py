@@ -1,0 +1,123 @@
+"""The ways to read a GPU pool: what prefill offers, how decode connects. Imported only where the pool is a tensor."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from pdstack.transfer.backends.base import Exporter, Peer
+from pdstack.transfer.channel import Identity
+from pdstack.transfer.gpu.staging import PinnedStage
+from pdstack.transfer.gpu.store import CudaStore
+from pdstack.transfer.layout import KVLayout, allocate_pool
+from pdstack.transfer.paths.base import Hashes, PathPeer
+from pdstack.transfer.paths.blocks import BlockPeer
+from pdstack.transfer.paths.cma import CmaPeer
+from pdstack.transfer.paths.gpu import GpuExporter, GpuPeer
+from pdstack.transfer.paths.offers import Offers
+from pdstack.transfer.paths.routes import PathReader
+from pdstack.transfer.paths.shared import SharedPeer
+from pdstack.transfer.paths.stage import SLOT_BYTES, SLOTS
+from pdstack.transfer.paths.staged import StagedExporter, StagedPeer
+from pdstack.transfer.paths.stream import StreamPeer
+from pdstack.transfer.transport import Transport
+
+_log = logging.getLogger(__name__)
+
+
+def _stage(store: CudaStore, path: str) -> PinnedStage:
+    """Slots for a store, each of whole blocks, in memory that `path` (see `allocate_pool`) needs."""
+    size = store.view.block_bytes
+    slot_bytes = max(SLOT_BYTES // size, 1) * size
+    pool = allocate_pool(KVLayout(SLOTS, 1, 1, 1, slot_bytes // 2, "uint8"), path)
+    return PinnedStage(store, pool.reshape(-1).view(np.uint8), slot_bytes)
+
+
+def exporters(
+    store: CudaStore,
+    identity: Identity,
+    *,
+    listen_host: str,
+    advertise: str,
+    patience_s: float,
+    stream_port: int = 0,
+) -> dict[str, Callable[[], Exporter]]:
+    """How prefill opens each path. `staged` listens at the port after `stream_port`, which is its carrier's."""
+
+    def staged() -> Exporter:
+        stage = _stage(store, "auto")
+        try:
+            carriers = Offers.open(
+                "auto",
+                stage.array,
+                identity,
+                listen_host=listen_host,
+                advertise=advertise,
+                patience_s=patience_s,
+            )
+        except BaseException:
+            stage.close()
+            raise
+        try:
+            port = stream_port + 1 if stream_port else 0
+            return StagedExporter(
+                stage, carriers, identity, listen_host, port, advertise=advertise, patience_s=patience_s
+            )
+        except BaseException:
+            carriers.close()
+            stage.close()
+            raise
+
+    return {"cuda_ipc": lambda: GpuExporter(store), "staged": staged}
+
+
+class GpuReader(PathReader):
+    """A peer of whole blocks as the agent sees it."""
+
+    def __init__(self, peer: BlockPeer, detail: str) -> None:
+        super().__init__(peer, peer.block_bytes)
+        self._blocks, self._detail = peer, detail
+
+    def transport(self, nbytes: int) -> Transport:  # noqa: ARG002  # see the base class
+        """The path, and how it goes."""
+        return Transport(self._blocks.name, self._detail)
+
+    def read_blocks(self, remote: Sequence[int], local: Sequence[int]) -> Hashes | None:
+        """See the base class: the hashes come with the copy."""
+        return self._blocks.read_blocks(np.array(remote, np.int64), np.array(local, np.int64))
+
+
+class GpuWays:
+    """How decode connects over each path. The staging memory of all peers together is made when it is first needed."""
+
+    def __init__(self, store: CudaStore, identity: Identity, patience_s: float) -> None:
+        self._store, self._identity, self._patience_s = store, identity, patience_s
+        self._lock = threading.Lock()
+        self._landing: PinnedStage | None = None
+        self.makers: dict[str, Callable[[bytes], Peer]] = {"cuda_ipc": self._mapped, "staged": self._staged}
+
+    def _mapped(self, metadata: bytes) -> Peer:
+        return GpuReader(GpuPeer(metadata, self._store), "one kernel from prefill's GPU pool, mapped by CUDA IPC")
+
+    def _staged(self, metadata: bytes) -> Peer:
+        with self._lock:
+            if self._landing is None:
+                self._landing = _stage(self._store, "backend")
+            stage = self._landing
+        carriers: dict[str, Callable[[bytes], PathPeer]] = {
+            "shared": partial(SharedPeer, target=stage.region),
+            "cma": partial(CmaPeer, target=stage.region),
+            "stream": partial(StreamPeer, target=stage.region, identity=self._identity, patience_s=self._patience_s),
+        }
+        peer = StagedPeer(metadata, stage, self._identity, carriers, self._patience_s)
+        _log.info("prefill's GPU blocks come through host memory, over %s", peer.carrier)
+        return GpuReader(peer, f"gathered into host memory, over {peer.carrier}, and scattered")
+
+    def close(self) -> None:
+        """Let go of the staging memory. All peers must be closed before."""
+        if self._landing is not None:
+            self._landing.close()
