@@ -9,9 +9,9 @@ import numpy as np
 
 from pdstack.transfer.gpu import checksum
 from pdstack.transfer.gpu.view import check_blocks
-from pdstack.transfer.paths.base import Hashes
 from pdstack.transfer.paths.stage import Stage
 from pdstack.transfer.plan import Offsets
+from pdstack.transfer.store import Hashes
 
 
 class NumpyStage(Stage):

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from pdstack.transfer.errors import LayoutMismatch
 from pdstack.transfer.gpu import view as views
+from pdstack.transfer.gpu.board import Board
 from pdstack.transfer.gpu.needs import gpu
 from pdstack.transfer.gpu.view import KVView, Region
 
@@ -60,14 +61,17 @@ class Table:
         return len(self.numbers)
 
 
-def table(blocks: npt.ArrayLike, num_blocks: int, what: str, *, unique: bool = False) -> Table:
+def table(
+    blocks: npt.ArrayLike, num_blocks: int, what: str, *, unique: bool = False, board: Board | None = None
+) -> Table:
     """Check block numbers of a pool of `num_blocks` and put them on the device. Raises :class:`LayoutMismatch`.
 
-    Pass `unique` for blocks that are written: two copies would race for one that is named twice.
+    Pass `unique` for blocks that are written: two copies would race for one that is named twice. With a `board` no
+    memory is allocated, and the table is good until the board's next `begin`.
     """
     wanted = np.array(blocks, dtype=np.int64)
     views.check_blocks(wanted, num_blocks, what, unique=unique)
-    return Table(_upload(wanted), num_blocks)
+    return Table(_upload(wanted) if board is None else board.upload(wanted), num_blocks)
 
 
 def _places(count: int) -> Table:

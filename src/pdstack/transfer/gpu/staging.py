@@ -19,10 +19,10 @@ from pdstack.transfer.gpu import copy
 from pdstack.transfer.gpu.driver import check, driver, use
 from pdstack.transfer.gpu.lane import Lane
 from pdstack.transfer.gpu.needs import gpu
-from pdstack.transfer.gpu.store import CudaStore, unsigned
-from pdstack.transfer.paths.base import Hashes
+from pdstack.transfer.gpu.store import CudaStore
 from pdstack.transfer.paths.stage import Stage
 from pdstack.transfer.plan import Offsets
+from pdstack.transfer.store import Hashes
 
 # Of cuda.h: the pages stay where they are, for all contexts, and kernels reach them.
 _PORTABLE, _MAPPED = 1, 2
@@ -78,7 +78,7 @@ class PinnedStage(Stage):
     def scatter(self, slot: int, blocks: Offsets) -> Callable[[], Hashes]:
         """See the base class. The hashes are of what the kernel read from the slot."""
         wait = self._lane.begin(partial(self._scatter, slot, blocks), "blocks were spread from host memory")
-        return lambda: unsigned(wait())
+        return lambda: _unsigned(wait())
 
     def _scatter(self, slot: int, blocks: Offsets) -> Any:
         numbers = copy.table(blocks, self.num_blocks, "local", unique=True)
@@ -93,3 +93,8 @@ class PinnedStage(Stage):
         """See the base class."""
         if self._pinned is not None:
             self._pinned.close()
+
+
+def _unsigned(sums: Any) -> Hashes:
+    found: Hashes = sums.cpu().numpy().view(np.uint64)
+    return found

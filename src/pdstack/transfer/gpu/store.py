@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pdstack.transfer.errors import LayoutMismatch
 from pdstack.transfer.gpu import checksum, copy
+from pdstack.transfer.gpu.board import Board
 from pdstack.transfer.gpu.lane import Lane
 from pdstack.transfer.gpu.needs import gpu
 from pdstack.transfer.gpu.view import ALIGN
 from pdstack.transfer.layout import KVLayout, PoolView
 from pdstack.transfer.plan import Offsets
-
-Hashes = npt.NDArray[np.uint64]
+from pdstack.transfer.store import BlockStore, Hashes
 
 
 def is_tensor(pool: Any) -> bool:
@@ -45,7 +45,7 @@ def check_tensor(layout: KVLayout, pool: Any) -> copy.Pool:
     return copy.pool_of(pool)
 
 
-class CudaStore:
+class CudaStore(BlockStore):
     """A pool of `layout.shape` in GPU memory, to be kept until the agent is closed. Any thread may call.
 
     The kernels of its block size are compiled here (seconds, once a machine): no transfer's time limit pays for them.
@@ -57,12 +57,11 @@ class CudaStore:
     hashing = checksum.NAME
 
     def __init__(self, layout: KVLayout, pool: Any) -> None:
-        self.layout = layout
         self.pool = check_tensor(layout, pool)
+        super().__init__(layout, PoolView(self.pool.address, layout.block_bytes, layout.num_blocks))
         self.ordinal: int = pool.device.index or 0
-        self.view = PoolView(self.pool.address, layout.block_bytes, layout.num_blocks)
         self._tensor = pool  # so that the memory stays
-        self._lane = Lane(self.ordinal)
+        self._lane, self._board, self._lock = Lane(self.ordinal), Board(self.ordinal), threading.Lock()
         self._lane.run(self._warm, "its kernels were made ready")
 
     def _warm(self) -> None:
@@ -79,14 +78,11 @@ class CudaStore:
 
         The blocks must be computed: see :class:`Lane`. Raises :class:`LayoutMismatch` for a block outside the pool.
         """
-        return self._lane.run(lambda: self._sums(blocks), "blocks were hashed")
+        with self._lock:
+            self._lane.run(lambda: self._sum(blocks), "blocks were hashed")
+            return self._board.fetched()
 
-    def _sums(self, blocks: Sequence[int] | Offsets) -> Hashes:
-        numbers = copy.table(blocks, self.layout.num_blocks, "hashed")
-        return unsigned(copy.sum_blocks(self.pool, numbers, self.layout.block_bytes, first=None))
-
-
-def unsigned(sums: Any) -> Hashes:
-    """The kernels' checksums, int64 on the GPU, as numpy has them; waits for them."""
-    found: Hashes = sums.cpu().numpy().view(np.uint64)
-    return found
+    def _sum(self, blocks: Sequence[int] | Offsets) -> None:
+        self._board.begin(len(blocks))
+        numbers = copy.table(blocks, self.layout.num_blocks, "hashed", board=self._board)
+        self._board.fetch(copy.sum_blocks(self.pool, numbers, self.layout.block_bytes, first=None))

@@ -163,7 +163,7 @@ def check_blocks(blocks: npt.NDArray[np.int64], num_blocks: int, what: str, *, u
     if unique:
         named = np.zeros(num_blocks, dtype=bool)
         named[blocks] = True
-        if int(named.sum()) != len(blocks):
+        if np.count_nonzero(named) != len(blocks):
             raise LayoutMismatch(f"a {what} block is named twice: two tokens would be written to the same place")
 
 

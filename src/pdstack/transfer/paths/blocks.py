@@ -6,8 +6,9 @@ from abc import abstractmethod
 
 import numpy as np
 
-from pdstack.transfer.paths.base import Hashes, PathPeer
+from pdstack.transfer.paths.base import PathPeer
 from pdstack.transfer.plan import Offsets, Plan, ranges
+from pdstack.transfer.store import Hashes
 
 
 def whole_blocks(plan: Plan, block_bytes: int) -> tuple[Offsets, Offsets]:

@@ -20,11 +20,13 @@ import numpy as np
 from pdstack.transfer.backends.base import Exporter
 from pdstack.transfer.errors import BackendUnavailable, ProtocolError, ReadFailed
 from pdstack.transfer.gpu import copy, ipc
+from pdstack.transfer.gpu.board import Board
 from pdstack.transfer.gpu.lane import Lane
-from pdstack.transfer.gpu.store import CudaStore, unsigned
-from pdstack.transfer.paths.base import Hashes, aborted
+from pdstack.transfer.gpu.store import CudaStore
+from pdstack.transfer.paths.base import aborted
 from pdstack.transfer.paths.blocks import BlockPeer
 from pdstack.transfer.plan import Offsets
+from pdstack.transfer.store import Hashes
 
 _LAUNCH = 1 << 30
 
@@ -70,7 +72,7 @@ class GpuPeer(BlockPeer):
         self._source = copy.Pool(self._mapping.address, self._mapping.nbytes)
         self._store = store
         self.block_bytes = store.view.block_bytes
-        self._lane = Lane(store.ordinal)
+        self._lane, self._board = Lane(store.ordinal), Board(store.ordinal)
         self._ended = Event()
 
     def read_blocks(self, sources: Offsets, targets: Offsets, *, checksum: bool = True) -> Hashes | None:
@@ -84,16 +86,19 @@ class GpuPeer(BlockPeer):
                 raise aborted()
             part = slice(begin, begin + step)
             copied = partial(self._copy, sources[part], targets[part], checksum)
-            found.append(self._lane.run(copied, "prefill's blocks were read"))
+            self._lane.run(copied, "prefill's blocks were read")
+            if checksum:
+                found.append(self._board.fetched())
         return np.concatenate([np.zeros(0, np.uint64), *found]) if checksum else None
 
-    def _copy(self, sources: Offsets, targets: Offsets, checksum: bool) -> Hashes:
-        theirs = copy.table(sources, self._source.nbytes // self.block_bytes, "prefill's")
-        ours = copy.table(targets, self._store.view.num_blocks, "local", unique=True)
-        sums = copy.copy_blocks(
-            self._source, self._store.pool, theirs, ours, self.block_bytes, checksum=checksum, first=None
-        )
-        return unsigned(sums) if checksum else np.zeros(0, np.uint64)
+    def _copy(self, sources: Offsets, targets: Offsets, checksum: bool) -> None:
+        size, board = self.block_bytes, self._board
+        board.begin(len(sources) + len(targets))
+        theirs = copy.table(sources, self._source.nbytes // size, "prefill's", board=board)
+        ours = copy.table(targets, self._store.view.num_blocks, "local", unique=True, board=board)
+        sums = copy.copy_blocks(self._source, self._store.pool, theirs, ours, size, checksum=checksum, first=None)
+        if checksum:
+            board.fetch(sums)
 
     def abort(self) -> None:
         """See the base class."""

@@ -14,7 +14,7 @@ from pdstack.transfer.channel import Identity
 from pdstack.transfer.gpu.staging import PinnedStage
 from pdstack.transfer.gpu.store import CudaStore
 from pdstack.transfer.layout import KVLayout, allocate_pool
-from pdstack.transfer.paths.base import Hashes, PathPeer
+from pdstack.transfer.paths.base import PathPeer
 from pdstack.transfer.paths.blocks import BlockPeer
 from pdstack.transfer.paths.cma import CmaPeer
 from pdstack.transfer.paths.gpu import GpuExporter, GpuPeer
@@ -24,6 +24,7 @@ from pdstack.transfer.paths.shared import SharedPeer
 from pdstack.transfer.paths.stage import SLOT_BYTES, SLOTS
 from pdstack.transfer.paths.staged import StagedExporter, StagedPeer
 from pdstack.transfer.paths.stream import StreamPeer
+from pdstack.transfer.store import Hashes
 from pdstack.transfer.transport import Transport
 
 _log = logging.getLogger(__name__)

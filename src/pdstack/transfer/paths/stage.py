@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pdstack.transfer.errors import LayoutMismatch
-from pdstack.transfer.paths.base import Hashes, Region
+from pdstack.transfer.paths.base import Region
 from pdstack.transfer.plan import Offsets
+from pdstack.transfer.store import Hashes
 
 SLOTS, SLOT_BYTES = 4, 32 << 20
 

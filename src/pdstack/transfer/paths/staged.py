@@ -31,11 +31,12 @@ import numpy as np
 from pdstack.transfer.backends.base import Exporter
 from pdstack.transfer.channel import HANDSHAKE_S, Identity
 from pdstack.transfer.errors import AuthenticationFailed, LayoutMismatch, ProtocolError, ReadFailed, TransferError
-from pdstack.transfer.paths.base import Hashes, PathPeer, aborted
+from pdstack.transfer.paths.base import PathPeer, aborted
 from pdstack.transfer.paths.blocks import BlockPeer
 from pdstack.transfer.paths.sockets import accept, connect, receive, receive_frame, tune
 from pdstack.transfer.paths.stage import Stage
 from pdstack.transfer.plan import Offsets, Plan
+from pdstack.transfer.store import Hashes
 from pdstack.transfer.wire import Message, Seal, encode
 
 _log = logging.getLogger(__name__)
