@@ -225,6 +225,13 @@ def kv_path(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def chaos(session: nox.Session) -> None:
+    """Faults at random points of KV transfers between real processes (-- --points 1000 --seed N, see --help)."""
+    env = environment(session, "dev")
+    run(session, env | {"PYTHONPATH": f"{ROOT}/src:{ROOT}"}, "python", "-m", "tests.chaos", *session.posargs)
+
+
+@nox.session(default=False)
 def tests(session: nox.Session) -> None:
     """Everything above that tests, in order; stops a container engine that it had to start."""
     shutil.rmtree(REPORTS, ignore_errors=True)

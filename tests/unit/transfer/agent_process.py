@@ -6,6 +6,8 @@ The tests' own process loads no UCX: a backend reads its environment once, and e
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import logging
 import os
 import resource
@@ -39,6 +41,7 @@ class End:
         self.released: list[tuple[str, str]] = []
         self.errors: dict[str, TransferError] = {}
         self.fetches: dict[str, asyncio.Task[dict[str, Any]]] = {}
+        self.prompts: dict[str, asyncio.Task[None]] = {}
 
     async def start(self) -> int:
         config = TransferConfig(cluster_key=ClusterKey(self.options["key"].encode()), **self.options["config"])
@@ -65,6 +68,55 @@ class End:
     async def export(self, request: str, blocks: list[int], tokens: int = 1) -> dict[str, Any]:
         ticket = self.agent.export(request, blocks, tokens, 7, lambda r, why: self.released.append((r, str(why))))
         return ticket.to_wire()
+
+    async def begin_export(
+        self, request: str, blocks: list[int], steps: int, pause_s: float, first_token: int
+    ) -> dict[str, Any]:
+        """As an engine does it: blocks become final step by step."""
+        ticket = self.agent.export(
+            request, blocks, len(blocks), None, lambda r, why: self.released.append((r, str(why)))
+        )
+
+        async def compute() -> None:
+            for step in range(1, steps + 1):
+                await asyncio.sleep(pause_s)
+                self.agent.advance(request, len(blocks) * step // steps)
+            self.agent.complete(request, first_token)
+
+        self.prompts[request] = asyncio.create_task(compute())
+        return ticket.to_wire()
+
+    async def fail(self, request: str) -> None:
+        if (prompt := self.prompts.pop(request, None)) is not None:
+            prompt.cancel()
+        self.agent.fail(request, "as asked")
+
+    async def behind(self, port: int, stream_port: int) -> None:
+        """Tickets and offers name these ports from now on: something stands between the agents."""
+        agent: Any = self.agent
+        agent.port = port
+        stream = agent._offers._exporters.get("stream")
+        if stream is not None:
+            values = json.loads(stream._metadata)
+            stream._metadata = json.dumps({**values, "port": stream_port}).encode()
+
+    async def stream_port(self) -> int:
+        agent: Any = self.agent
+        stream = agent._offers._exporters.get("stream")
+        return json.loads(stream._metadata)["port"] if stream is not None else 0
+
+    async def digests(self, blocks: list[int]) -> list[str]:
+        return [hashlib.sha256(self.pool[block].tobytes()).hexdigest() for block in blocks]
+
+    async def scribble(self, blocks: list[int], value: float) -> None:
+        for block in blocks:
+            self.pool[block] = value
+
+    async def untouched(self, blocks: list[int], value: float) -> bool:
+        return all(bool((self.pool[block] == value).all()) for block in blocks)
+
+    async def records(self) -> list[dict[str, Any]]:
+        return self.agent.audit.recent()
 
     async def releases(self) -> list[tuple[str, str]]:
         return self.released
