@@ -128,6 +128,8 @@ async def connect(host: str, port: int, identity: Identity) -> Channel:
             except BaseException:
                 await close_writer(writer)
                 raise
+    except PeerUnreachable as error:
+        raise PeerUnreachable(f"{where} closed the connection during the handshake") from error
     except TimeoutError:
         raise PeerUnreachable(f"{where} did not answer within {HANDSHAKE_S:.0f} s") from None
     except OSError as error:

@@ -128,11 +128,10 @@ class End:
         return await self.agent.drain(timeout_s)
 
     async def fetch(self, wire: dict[str, Any], local: list[int]) -> dict[str, Any]:
-        ticket = Ticket.from_wire(wire)
         try:
-            report = await self.agent.fetch(ticket, local)
+            report = await self.agent.fetch(Ticket.from_wire(wire), local)
         except TransferError as error:
-            self.errors[ticket.request_id] = error
+            self.errors[str(wire["request_id"])] = error
             return {"error": type(error).__name__, "code": error.code, "text": str(error),
                     "quarantined": error.quarantine is not None}  # fmt: skip
         return {**vars(report), "gbps": report.gbps}
