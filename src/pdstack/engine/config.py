@@ -5,7 +5,7 @@ Plain dataclasses without numpy, so that the worker and the tests can import the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
@@ -19,10 +19,13 @@ __all__ = [
     "FinishReason",
     "KvEvent",
     "KvEventSink",
+    "OnAdmitted",
+    "OnProgress",
     "Overloaded",
     "PrefillResult",
     "Request",
     "RequestCancelled",
+    "Reservation",
     "SamplingParams",
     "Step",
 ]
@@ -35,6 +38,12 @@ position depend on the position alone (see `pdstack.engine.model`). Workers with
 """
 
 FinishReason = Literal["stop", "length", "cancelled"]
+
+OnAdmitted = Callable[[list[int], list[int], int], None]
+"""Gets the blocks of a prompt in the order of its tokens, their generations, and the number of tokens."""
+
+OnProgress = Callable[[int], None]
+"""Gets the number of leading blocks of a prompt that are final."""
 
 
 class EngineError(RuntimeError):
@@ -167,6 +176,17 @@ class PrefillResult:
     cached_tokens: int
     seconds: float
     queue_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Blocks for a prompt, in the order of its tokens.
+
+    The first `held` of them hold its KV already. They are shared with others: never write them. The rest is one's own.
+    """
+
+    blocks: list[int]
+    held: int
 
 
 @dataclass(slots=True)

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +20,31 @@ import numpy.typing as npt
 
 from pdstack.engine.blas import set_threads
 from pdstack.engine.config import (
-    ContextTooLong,
     EngineConfig,
     EngineError,
     EngineStats,
     EngineStopped,
-    FinishReason,
     KvEventSink,
+    OnAdmitted,
+    OnProgress,
     Overloaded,
     PrefillResult,
     Request,
     RequestCancelled,
+    Reservation,
     Step,
 )
+from pdstack.engine.delivery import Client, Item, Progress, deliver, steps_of
+from pdstack.engine.intake import new_sequence
 from pdstack.engine.model import KV_ORDER, LlamaModel, require_context
 from pdstack.engine.pool import BlockPool, NewPool, merged, new_pool_array
-from pdstack.engine.sampling import greedy, sample
-from pdstack.engine.scheduler import Plan, Purpose, Scheduler, Sequence, State
+from pdstack.engine.scheduler import Plan, Purpose, Scheduler, Sequence, State, blocks_needed
+from pdstack.engine.stepping import compute
 from pdstack.models.hf_config import ModelConfig
 
 __all__ = ["Engine", "KvPool"]
 
 log = logging.getLogger(__name__)
-
-_Item = int | FinishReason | EngineError
-"""What reaches a waiting coroutine: a token, the end (its reason), or an error."""
 
 
 class KvPool:
@@ -53,15 +52,6 @@ class KvPool:
 
     def __init__(self, array: npt.NDArray[np.float32]) -> None:
         self.array = array
-
-
-class _Client:
-    """A sequence's side in the event loop."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.items: asyncio.Queue[_Item] = asyncio.Queue()
-        self.admitted: asyncio.Future[None] = loop.create_future()
 
 
 class Engine:
@@ -80,8 +70,8 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._failure: BaseException | None = None
-        self._clients: dict[Sequence, _Client] = {}
-        self._outbox: list[tuple[_Client, list[_Item]]] = []
+        self._clients: dict[Sequence, Client] = {}
+        self._outbox: list[tuple[Client, list[Item]]] = []
         self._step_began = 0.0
         self._steps = self._prompt_tokens = self._cached_tokens = self._generated = 0
         self._finished = self._cancelled = self._refused = self._failed = 0
@@ -143,26 +133,44 @@ class Engine:
 
     # Requests
 
-    async def prefill(self, request: Request) -> PrefillResult:
+    async def prefill(
+        self, request: Request, on_admitted: OnAdmitted | None = None, on_progress: OnProgress | None = None
+    ) -> PrefillResult:
         """Compute a prompt and choose the first token. The blocks stay until `release`.
+
+        With `on_admitted` the blocks can be shipped while the prompt is computed: it is called once, in the event loop,
+        when the blocks are fixed; `on_progress` then, whenever more leading blocks are final (all are when this
+        returns). From `on_admitted` on, blocks stay until `release`, also if this raises or the request is cancelled.
 
         Raises ContextTooLong, Overloaded, RequestCancelled, EngineStopped.
         """
-        sequence, client = self._submit(request, Purpose.PREFILL)
+        sequence, client = self._submit(request, Purpose.PREFILL, fixed=on_admitted is not None)
+        told = False
         try:
             await self._admitted(sequence, client)
-            token = await client.items.get()
+            if on_admitted is not None:
+                on_admitted(list(sequence.blocks), self.generations(sequence.blocks), sequence.prompt_length)
+                told = True
+            item = await client.items.get()
+            while isinstance(item, Progress):
+                if on_progress is not None:
+                    on_progress(item.ready)
+                item = await client.items.get()
         except BaseException:
             with self._lock:
-                self._abandon(sequence)
+                if told:
+                    self._cancel(sequence)
+                else:
+                    sequence.fixed = False
+                    self._abandon(sequence)
             raise
-        if isinstance(token, EngineError):
-            raise token
-        if isinstance(token, str):
+        if isinstance(item, EngineError):
+            raise item
+        if isinstance(item, str):
             raise RequestCancelled(f"request {request.request_id}: cancelled during prefill")
         reason = sequence.finish_reason()
         return PrefillResult(
-            first_token=token,
+            first_token=item,
             finish_reason=reason if reason == "stop" else None,
             blocks=list(sequence.blocks),
             tokens=sequence.prompt_length,
@@ -171,13 +179,28 @@ class Engine:
             queue_seconds=sequence.admitted_at - sequence.submitted_at,
         )
 
+    def generations(self, blocks: Iterable[int]) -> list[int]:
+        """The generation of each block: it grows when the block is handed out anew, so a higher one is other KV."""
+        with self._lock:
+            return self._blocks.generations(list(blocks))
+
     def release(self, request_id: str) -> bool:
-        """Let the blocks of a finished prefill, or of a quarantined reservation, be reused. False if not known."""
-        return self._let_go(request_id, (State.HELD, State.QUARANTINED))
+        """Let the blocks of a prefill, or of a quarantined reservation, be reused. False if not known.
 
-    async def reserve(self, request: Request) -> list[int]:
-        """Take all blocks that decoding `request` can need; returns those for the prompt, in order.
+        A prefill that still computes is cancelled, and its blocks are free once the running step has ended.
+        """
+        with self._lock:
+            sequence = self._scheduler.sequences.get(request_id)
+            if sequence is None or sequence.purpose is not Purpose.PREFILL or sequence.state is State.HELD:
+                return self._let_go(request_id, (State.HELD, State.QUARANTINED))
+            sequence.released = True
+            self._cancel(sequence)
+        return True
 
+    async def reserve(self, request: Request) -> Reservation:
+        """Take all blocks that decoding `request` can need; returns those for the prompt.
+
+        Leading full blocks whose KV is here already come out of the prefix cache.
         Raises ContextTooLong, Overloaded (after queue_timeout_s), RequestCancelled, EngineStopped.
         """
         sequence, client = self._submit(request, Purpose.DECODE)
@@ -187,18 +210,28 @@ class Engine:
             with self._lock:
                 self._abandon(sequence)
             raise
-        return sequence.blocks[: -(-sequence.prompt_length // self.config.block_size)]
+        size = self.config.block_size
+        return Reservation(sequence.blocks[: -(-sequence.prompt_length // size)], sequence.cached_tokens // size)
 
-    def unreserve(self, request_id: str) -> bool:
-        """Give a reservation back. Only when nothing writes into its blocks any more. False if not known."""
-        return self._let_go(request_id, (State.RESERVED, State.QUARANTINED))
+    def unreserve(self, request_id: str, verified: int = 0) -> bool:
+        """Give a reservation back. Only when nothing writes into its blocks any more. False if not known.
 
-    def quarantine(self, request_id: str) -> bool:
-        """Give a reservation's slot back but keep its blocks until `release` or `unreserve`."""
+        The first `verified` blocks are known to hold the prompt's KV: they go to the prefix cache.
+        """
+        with self._lock:
+            self._received(request_id, verified)
+            return self._let_go(request_id, (State.RESERVED, State.QUARANTINED))
+
+    def quarantine(self, request_id: str, verified: int = 0) -> bool:
+        """Give a reservation's slot back but keep its blocks until `release` or `unreserve`.
+
+        Nothing writes into the first `verified` blocks any more, and they hold the prompt's KV: others may use them.
+        """
         with self._lock:
             sequence = self._scheduler.sequences.get(request_id)
             if sequence is None or sequence.state is not State.RESERVED:
                 return False
+            self._received(request_id, verified)
             self._scheduler.quarantine(sequence)
             self._clients.pop(sequence, None)
             self._admit()
@@ -223,7 +256,7 @@ class Engine:
         try:
             yield Step([first_token], reason)
             if reason is None:
-                async for step in self._steps_of(client):
+                async for step in steps_of(client):
                     yield step
         finally:
             with self._lock:
@@ -234,7 +267,7 @@ class Engine:
         sequence, client = self._submit(request, Purpose.GENERATE)
         try:
             await self._admitted(sequence, client)
-            async for step in self._steps_of(client):
+            async for step in steps_of(client):
                 yield step
         finally:
             with self._lock:
@@ -279,6 +312,19 @@ class Engine:
                 step_running_s=time.monotonic() - self._step_began if self._step_began else 0.0,
             )
 
+    def forget(self, blocks: Iterable[int]) -> int:
+        """Forget the known content of `blocks` and of what follows on it: it was found wrong. Returns how many.
+
+        Requests that use such a block go on, but what they compute over it is not offered to others.
+        """
+        with self._lock:
+            wrong = set(blocks)
+            count = self._blocks.forget(list(wrong))
+            for sequence in self._scheduler.sequences.values():
+                sequence.doubtful |= not wrong.isdisjoint(sequence.blocks)
+            self._flush()
+        return count
+
     def clear_prefix_cache(self) -> int:
         """Forget cached prefixes, for measurements. Returns how many blocks were known."""
         with self._lock:
@@ -288,12 +334,13 @@ class Engine:
 
     # In the event loop
 
-    def _submit(self, request: Request, purpose: Purpose) -> tuple[Sequence, _Client]:
-        client = _Client(asyncio.get_running_loop())
+    def _submit(self, request: Request, purpose: Purpose, *, fixed: bool = False) -> tuple[Sequence, Client]:
+        client = Client(asyncio.get_running_loop())
         with self._lock:
             self._check_running()
             try:
-                sequence = self._sequence(request, purpose)
+                sequence = new_sequence(request, purpose, self.config, self.model.config)
+                sequence.fixed = fixed
                 self._scheduler.submit(sequence)
             except EngineError:
                 self._refused += 1
@@ -304,46 +351,7 @@ class Engine:
             self._admit()
         return sequence, client
 
-    def _sequence(self, request: Request, purpose: Purpose) -> Sequence:
-        length, limit = len(request.token_ids), self.config.max_context
-        if length < 1:
-            raise EngineError(f"request {request.request_id}: the prompt is empty, wanted at least one token")
-        if length >= limit:
-            raise ContextTooLong(
-                f"request {request.request_id}: the prompt has {length} tokens, wanted at most {limit - 1}, for the "
-                f"context limit is {limit}; shorten the prompt"
-            )
-        vocabulary = self.model.config.vocab_size
-        tokens = [int(token) for token in request.token_ids]
-        if not 0 <= min(tokens) <= max(tokens) < vocabulary:
-            raise EngineError(
-                f"request {request.request_id}: token ids {min(tokens)} to {max(tokens)}, wanted 0 to "
-                f"{vocabulary - 1}; does the tokenizer belong to this model?"
-            )
-        sampling = request.sampling
-        eos = self.model.config.eos_token_ids
-        stop = frozenset(sampling.stop_token_ids)
-        wanted = sampling.max_tokens if sampling.max_tokens is not None else self.config.default_max_tokens
-        sequence = Sequence(
-            request=request,
-            purpose=purpose,
-            prompt_length=length,
-            max_new=min(wanted, limit - length),
-            min_new=sampling.min_tokens or 0,
-            stop=stop - eos if sampling.ignore_eos else stop | eos,
-            seed=sampling.seed if sampling.seed is not None else int.from_bytes(os.urandom(8), "little"),
-            tokens=tokens,
-            submitted_at=time.monotonic(),
-        )
-        needed = self._scheduler.blocks_needed(sequence)
-        if needed > self._blocks.num_blocks:
-            raise ContextTooLong(
-                f"request {request.request_id}: {length} prompt and {sequence.max_new} answer tokens need {needed} KV "
-                f"blocks, the pool has {self._blocks.num_blocks}; lower max_tokens or raise engine.kv_blocks"
-            )
-        return sequence
-
-    async def _admitted(self, sequence: Sequence, client: _Client) -> None:
+    async def _admitted(self, sequence: Sequence, client: Client) -> None:
         if sequence.state is not State.WAITING:
             return
         limit = self.config.queue_timeout_s
@@ -357,7 +365,7 @@ class Engine:
         with self._lock:
             if sequence.state is not State.WAITING:
                 return
-            needed, free = self._scheduler.blocks_needed(sequence), self._blocks.available
+            needed, free = blocks_needed(sequence, self.config.block_size), self._blocks.available
             client = self._clients[sequence]
             self._scheduler.drop(sequence)
             self._end(sequence)
@@ -370,33 +378,6 @@ class Engine:
         if not client.admitted.done():
             client.admitted.set_exception(error)
 
-    async def _steps_of(self, client: _Client) -> AsyncIterator[Step]:
-        while True:
-            step = Step([])
-            item: _Item | None = await client.items.get()
-            while item is not None:
-                if isinstance(item, EngineError):
-                    raise item
-                if isinstance(item, str):
-                    step.finish_reason = item
-                    break
-                step.token_ids.append(item)
-                item = None if client.items.empty() else client.items.get_nowait()
-            yield step
-            if step.finish_reason is not None:
-                return
-
-    @staticmethod
-    def _deliver(outbox: list[tuple[_Client, list[_Item]]]) -> None:
-        for client, items in outbox:
-            if not client.admitted.done():
-                if items and isinstance(items[0], EngineError):
-                    client.admitted.set_exception(items[0])
-                    continue
-                client.admitted.set_result(None)
-            for item in items:
-                client.items.put_nowait(item)
-
     # With the lock held, in any thread
 
     def _check_running(self) -> None:
@@ -406,14 +387,18 @@ class Engine:
             raise EngineStopped("engine: it is not running; call start() first, and not after stop()")
 
     def _let_go(self, request_id: str, states: tuple[State, ...]) -> bool:
-        with self._lock:
-            sequence = self._scheduler.sequences.get(request_id)
-            if sequence is None or sequence.state not in states:
-                return False
-            self._scheduler.drop(sequence)
-            self._end(sequence)
-            self._admit()
+        sequence = self._scheduler.sequences.get(request_id)
+        if sequence is None or sequence.state not in states:
+            return False
+        self._scheduler.drop(sequence)
+        self._end(sequence)
+        self._admit()
         return True
+
+    def _received(self, request_id: str, blocks: int) -> None:
+        sequence = self._scheduler.sequences.get(request_id)
+        if blocks and sequence is not None and sequence.state in (State.RESERVED, State.QUARANTINED):
+            self._scheduler.publish_received(sequence, blocks)
 
     def _admit(self) -> None:
         for sequence in self._scheduler.admit():
@@ -422,7 +407,10 @@ class Engine:
 
     def _note_admitted(self, sequence: Sequence) -> None:
         sequence.admitted_at = time.monotonic()
-        self._outbox.append((self._clients[sequence], []))
+        items: list[Item] = []
+        if sequence.fixed and sequence.known:
+            items.append(Progress(sequence.known))
+        self._outbox.append((self._clients[sequence], items))
         if sequence.state is State.PREFILLING:
             self._work.notify_all()
 
@@ -435,7 +423,7 @@ class Engine:
         if sequence.in_flight:
             sequence.cancelled = True
         else:
-            self._scheduler.drop(sequence)
+            self._scheduler.give_up(sequence)
         if client is not None:
             error = RequestCancelled(f"request {sequence.request.request_id}: cancelled while it waited")
             self._outbox.append((client, [error if waited else "cancelled"]))
@@ -460,7 +448,7 @@ class Engine:
             client = self._clients.pop(sequence, None)
             # Blocks that a peer may be reading or writing stay where they are.
             if sequence.state in (State.WAITING, State.PREFILLING, State.DECODING):
-                self._scheduler.drop(sequence)
+                self._scheduler.give_up(sequence)
                 if client is not None:
                     self._failed += 1
                     self._outbox.append((client, [error]))
@@ -478,7 +466,7 @@ class Engine:
         if outbox:
             loop = outbox[0][0].loop
             if not loop.is_closed():
-                loop.call_soon_threadsafe(self._deliver, outbox)
+                loop.call_soon_threadsafe(deliver, outbox)
 
     # In the engine's thread
 
@@ -502,60 +490,38 @@ class Engine:
             plan = self._scheduler.plan()
             self._step_began = time.monotonic()
         try:
-            chosen = self._compute(plan)
+            chosen = compute(plan, self.model, self.pool.array)
         except Exception as error:
             # Most likely memory. The requests of this step are lost, the engine and the others are not.
             log.exception("engine: a step failed")
             chosen = {}
             with self._lock:
-                for sequence in plan.sequences:
-                    sequence.in_flight = False
+                for sequence in self._scheduler.fail(plan):
                     client = self._clients.pop(sequence, None)
-                    self._scheduler.drop(sequence)
                     if client is not None:
                         self._failed += 1
                         self._outbox.append((client, [EngineError(f"engine: a step failed: {error!r}")]))
-            plan = Plan([], [])
+            plan = Plan()
         with self._lock:
             self._step_began = 0.0
             self._steps += 1
             self._book(plan, chosen)
         return True
 
-    def _compute(self, plan: Plan) -> dict[int, int]:
-        """Run the plan; the next token by place in the plan, for those that wanted one."""
-        logits = self.model.forward(plan.segments, self.pool.array)
-        wanting = [at for at, segment in enumerate(plan.segments) if segment.wants_logits]
-        if not wanting:
-            return {}
-        for column, at in enumerate(wanting):
-            sequence = plan.sequences[at]
-            if sequence.generated < sequence.min_new and sequence.stop:
-                logits[[token for token in sequence.stop if 0 <= token < logits.shape[0]], column] = -np.inf
-        chosen = dict(zip(wanting, greedy(logits).tolist(), strict=True))
-        for column, at in enumerate(wanting):
-            sequence = plan.sequences[at]
-            sampling = sequence.request.sampling
-            if sampling.temperature:
-                chosen[at] = sample(
-                    np.ascontiguousarray(logits[:, column]),
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p if sampling.top_p is not None else 1.0,
-                    top_k=max(0, sampling.top_k or 0),
-                    seed=sequence.seed,
-                    position=len(sequence.tokens),
-                )
-        return chosen
-
     def _book(self, plan: Plan, chosen: dict[int, int]) -> None:
-        for sequence in self._scheduler.settle(plan, chosen.__getitem__):
+        moved = self._scheduler.settle(plan, chosen.__getitem__)
+        for sequence in plan.involved():
+            client = self._clients.get(sequence)
+            if sequence.fixed and sequence.state is State.PREFILLING and client is not None:
+                self._outbox.append((client, [Progress(sequence.computed // self.config.block_size)]))
+        for sequence in moved:
             if sequence.cancelled:
                 continue
             if sequence.generated == 1:
                 self._prompt_tokens += sequence.prompt_length
                 self._cached_tokens += sequence.cached_tokens
             self._generated += 1
-            items: list[_Item] = [sequence.tokens[-1]]
+            items: list[Item] = [sequence.tokens[-1]]
             client = self._clients[sequence]
             if sequence.state is State.DONE:
                 reason = sequence.finish_reason()

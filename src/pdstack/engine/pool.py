@@ -77,6 +77,9 @@ class BlockPool:
 
     A block is free, used (referenced at least once), or cached: unreferenced, but its content is known by hash and
     may be found again until it is evicted, least recently used first. Changes to the cache are appended to `events`.
+
+    Each block has a generation, which grows whenever it is handed out anew: a block that still has the generation that
+    it had at some moment has not been given to anybody else since.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool) -> None:
@@ -86,6 +89,7 @@ class BlockPool:
         self.events: list[KvEvent] = []
         self._free = list(range(num_blocks))
         self._refs = [0] * num_blocks
+        self._generations = [0] * num_blocks
         self._used = 0
         self._by_hash: dict[int, int] = {}
         self._content: dict[int, _Cached] = {}
@@ -110,6 +114,10 @@ class BlockPool:
         """How often `block` is referenced."""
         return self._refs[block]
 
+    def generations(self, blocks: Sequence[int]) -> list[int]:
+        """How often each of `blocks` has been handed out anew; a block found in the cache is not."""
+        return [self._generations[block] for block in blocks]
+
     def allocate(self, count: int) -> list[int]:
         """Take `count` blocks, each with one reference. Raises PoolExhausted and takes nothing if there are fewer."""
         if count > self.available:
@@ -128,6 +136,7 @@ class BlockPool:
                 del self._by_hash[content.hash]
                 removed.append(content.hash)
             self._refs[block] = 1
+            self._generations[block] += 1
             blocks.append(block)
         self._used += count
         if removed:
@@ -173,14 +182,14 @@ class BlockPool:
         return block, key
 
     def match(self, tokens: Sequence[int]) -> tuple[list[int], int | None]:
-        """Longest cached prefix of `tokens` in whole blocks, never all of it: the last token is always computed.
+        """Longest cached prefix of `tokens` in whole blocks.
 
         Returns the blocks (not referenced yet) and the hash of the last one.
         """
         size = self.block_size
         blocks: list[int] = []
         parent: int | None = None
-        for start in range(0, (len(tokens) - 1) // size * size, size):
+        for start in range(0, len(tokens) // size * size, size):
             found = self.lookup(parent, tokens[start : start + size])
             if found is None:
                 break
@@ -196,6 +205,27 @@ class BlockPool:
             self._content[block] = _Cached(key, parent, tuple(tokens))
             self.events.append(KvEvent("stored", [key], list(tokens), parent))
         return key
+
+    def forget(self, blocks: Sequence[int]) -> int:
+        """Forget what `blocks` hold, and what was found to follow on it: it may have been computed from it.
+
+        Used blocks stay used. Returns how many blocks were forgotten.
+        """
+        gone = {self._content[block].hash for block in blocks if block in self._content}
+        grown = True
+        while grown:
+            found = {c.hash for c in self._content.values() if c.parent in gone} - gone
+            gone |= found
+            grown = bool(found)
+        for key in gone:
+            block = self._by_hash.pop(key)
+            del self._content[block]
+            if block in self._unused:
+                del self._unused[block]
+                heapq.heappush(self._free, block)
+        if gone:
+            self.events.append(KvEvent("removed", sorted(gone)))
+        return len(gone)
 
     def clear_cache(self) -> int:
         """Forget all known content; used blocks stay used. Returns how many blocks were forgotten."""

@@ -17,7 +17,7 @@ from pdstack.engine.config import EngineConfig, EngineError, FinishReason, Overl
 from pdstack.engine.model import Segment
 from pdstack.engine.pool import BlockPool
 
-__all__ = ["Plan", "Purpose", "Scheduler", "Sequence", "State"]
+__all__ = ["Copies", "Plan", "Purpose", "Scheduler", "Sequence", "State", "blocks_needed"]
 
 
 class Purpose(Enum):
@@ -29,7 +29,10 @@ class Purpose(Enum):
 
 
 class State(Enum):
-    """Where a sequence is. HELD, RESERVED and QUARANTINED ones keep blocks and compute nothing."""
+    """Where a sequence is. HELD, RESERVED and QUARANTINED ones keep blocks and compute nothing.
+
+    HELD: a prompt whose blocks somebody may be reading; computed, or given up on the way.
+    """
 
     WAITING = "waiting"
     PREFILLING = "prefilling"
@@ -42,7 +45,10 @@ class State(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request on its way. `tokens` grows; `computed` of them have KV in `blocks`."""
+    """One request on its way. `tokens` grows; `computed` of them have KV in `blocks`.
+
+    fixed: the blocks were told to somebody at admission, so they stay these, and only `release` frees them.
+    """
 
     request: Request
     purpose: Purpose
@@ -59,8 +65,13 @@ class Sequence:
     known: int = 0
     """Leading blocks whose hash is known, with `last_hash` the hash of the last of them."""
     last_hash: int | None = None
+    fixed: bool = False
+    doubtful: bool = False
+    """Some of its KV was found wrong: nobody else should build on the rest."""
     in_flight: bool = False
     cancelled: bool = False
+    released: bool = False
+    """Nobody reads the blocks any more: they are freed as soon as nothing computes into them."""
     submitted_at: float = 0.0
     admitted_at: float = 0.0
 
@@ -79,11 +90,33 @@ class Sequence:
 
 
 @dataclass(slots=True)
-class Plan:
-    """One step: sequences and what is computed of each, in the same order."""
+class Copies:
+    """Blocks of a sequence to fill with what others computed: sources (referenced until `settle`), targets."""
 
-    sequences: list[Sequence]
-    segments: list[Segment]
+    sequence: Sequence
+    sources: list[int]
+    targets: list[int]
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step: first the copies, then of each of `sequences` the segment at the same place."""
+
+    sequences: list[Sequence] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    copies: list[Copies] = field(default_factory=list)
+
+    def involved(self) -> list[Sequence]:
+        """Every sequence whose blocks this step writes, once."""
+        return list(dict.fromkeys([*self.sequences, *(each.sequence for each in self.copies)]))
+
+
+def blocks_needed(sequence: Sequence, block_size: int) -> int:
+    """All blocks it can ever need. The last token chosen needs no KV."""
+    length = sequence.prompt_length
+    if sequence.purpose is not Purpose.PREFILL:
+        length += sequence.max_new - 1
+    return -(-length // block_size)
 
 
 class Scheduler:
@@ -97,13 +130,6 @@ class Scheduler:
         self.prefilling: deque[Sequence] = deque()
         self.decoding: dict[str, Sequence] = {}
         self._slots = 0
-
-    def blocks_needed(self, sequence: Sequence) -> int:
-        """All blocks it can ever need. The last token chosen needs no KV."""
-        length = sequence.prompt_length
-        if sequence.purpose is not Purpose.PREFILL:
-            length += sequence.max_new - 1
-        return -(-length // self.config.block_size)
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a new sequence. Raises Overloaded if the queue is full, EngineError for a duplicate request id."""
@@ -135,29 +161,28 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> bool:
         if self._slots >= self.config.max_batch:
             return False
-        matched: list[int] = []
-        parent: int | None = None
-        if sequence.purpose is not Purpose.DECODE:
-            matched, parent = self.pool.match(sequence.tokens[: sequence.prompt_length])
-            self.pool.acquire(matched)
-        fresh = self.blocks_needed(sequence) - len(matched)
+        # Whoever computes has to compute the last token, whose logits choose the next. Decode computes none.
+        known = sequence.prompt_length - (sequence.purpose is not Purpose.DECODE)
+        matched, parent = self.pool.match(sequence.tokens[:known])
+        self.pool.acquire(matched)
+        fresh = blocks_needed(sequence, self.config.block_size) - len(matched)
         if fresh > self.pool.available:
             self.pool.release(matched)
             return False
         sequence.blocks = matched + self.pool.allocate(fresh)
         self._slots += 1
+        sequence.known, sequence.last_hash = len(matched), parent
+        sequence.computed = sequence.cached_tokens = len(matched) * self.config.block_size
         if sequence.purpose is Purpose.DECODE:
             sequence.state = State.RESERVED
             return True
-        sequence.known, sequence.last_hash = len(matched), parent
-        sequence.computed = sequence.cached_tokens = len(matched) * self.config.block_size
         sequence.state = State.PREFILLING
         self.prefilling.append(sequence)
         return True
 
     def plan(self) -> Plan:
         """Choose the next step; empty if there is nothing to compute. Its sequences are in flight until `settle`."""
-        plan = Plan([], [])
+        plan = Plan()
         for sequence in self.decoding.values():
             start = sequence.computed
             plan.sequences.append(sequence)
@@ -165,7 +190,7 @@ class Scheduler:
         budget = self.config.prefill_chunk
         for _ in range(len(self.prefilling)):
             sequence = self.prefilling[0]
-            self._take_from_cache(sequence)
+            self._take_from_cache(sequence, plan)
             start = sequence.computed
             end = min(sequence.prompt_length, (start // self.config.prefill_chunk + 1) * self.config.prefill_chunk)
             if end - start > budget:
@@ -176,27 +201,34 @@ class Scheduler:
                 Segment(sequence.tokens[start:end], start, sequence.blocks, end == sequence.prompt_length)
             )
             self.prefilling.rotate(-1)
-        for sequence in plan.sequences:
+        for sequence in plan.involved():
             sequence.in_flight = True
         return plan
 
-    def _take_from_cache(self, sequence: Sequence) -> None:
+    def _take_from_cache(self, sequence: Sequence, plan: Plan) -> None:
         """Use blocks that others computed since admission: many prompts with one beginning compute it once."""
         size = self.config.block_size
         if sequence.computed != sequence.known * size:
             return
+        copies = Copies(sequence, [], [])
         while sequence.computed + size < sequence.prompt_length:
             tokens = sequence.tokens[sequence.computed : sequence.computed + size]
             found = self.pool.lookup(sequence.last_hash, tokens)
             if found is None:
-                return
+                break
             block, sequence.last_hash = found
             self.pool.acquire([block])
-            self.pool.release([sequence.blocks[sequence.known]])
-            sequence.blocks[sequence.known] = block
+            if sequence.fixed:
+                copies.sources.append(block)
+                copies.targets.append(sequence.blocks[sequence.known])
+            else:
+                self.pool.release([sequence.blocks[sequence.known]])
+                sequence.blocks[sequence.known] = block
             sequence.known += 1
             sequence.computed += size
             sequence.cached_tokens += size
+        if copies.sources:
+            plan.copies.append(copies)
 
     def settle(self, plan: Plan, chosen: Callable[[int], int]) -> list[Sequence]:
         """Book a computed plan. `chosen(i)` is the next token of the i-th sequence if its segment wanted logits.
@@ -204,29 +236,56 @@ class Scheduler:
         Returns the sequences that got a token or, if they were cancelled meanwhile, lost their blocks.
         """
         moved: list[Sequence] = []
+        self._land(plan)
         for index, (sequence, segment) in enumerate(zip(plan.sequences, plan.segments, strict=True)):
-            sequence.in_flight = False
             if sequence.cancelled:
-                self.drop(sequence)
                 moved.append(sequence)
                 continue
             sequence.computed = segment.start + len(segment.tokens)
-            if sequence.state is State.PREFILLING:
-                self._publish(sequence)
+            self._publish(sequence)
             if segment.wants_logits:
                 sequence.tokens.append(chosen(index))
                 moved.append(sequence)
                 self._advance(sequence)
+        for sequence in plan.involved():
+            if sequence.cancelled:
+                self.give_up(sequence)
         return moved
 
+    def fail(self, plan: Plan) -> list[Sequence]:
+        """Give up all sequences of a plan that could not be computed; returns them."""
+        self._land(plan)
+        for sequence in plan.involved():
+            self.give_up(sequence)
+        return plan.involved()
+
+    def _land(self, plan: Plan) -> None:
+        for copies in plan.copies:
+            self.pool.release(copies.sources)
+        for sequence in plan.involved():
+            sequence.in_flight = False
+
+    def give_up(self, sequence: Sequence) -> None:
+        """End a sequence early. Blocks that somebody was told of stay until they are released."""
+        if sequence.fixed and not sequence.released and sequence.state is State.PREFILLING:
+            self._leave(sequence, State.HELD)
+        else:
+            self.drop(sequence)
+
     def _publish(self, sequence: Sequence) -> None:
+        """Make what is computed findable, in whole blocks."""
         size = self.config.block_size
-        while (sequence.known + 1) * size <= min(sequence.computed, sequence.prompt_length):
+        while (sequence.known + 1) * size <= sequence.computed and not sequence.doubtful:
             at = sequence.known
             sequence.last_hash = self.pool.publish(
                 sequence.blocks[at], sequence.last_hash, sequence.tokens[at * size : (at + 1) * size]
             )
             sequence.known += 1
+
+    def publish_received(self, sequence: Sequence, blocks: int) -> None:
+        """The first `blocks` blocks of a prompt are known to hold its KV: make the full ones findable."""
+        sequence.computed = min(blocks * self.config.block_size, sequence.prompt_length)
+        self._publish(sequence)
 
     def _advance(self, sequence: Sequence) -> None:
         if sequence.purpose is Purpose.PREFILL:
@@ -244,7 +303,7 @@ class Scheduler:
         if sequence is None or sequence.state is not State.RESERVED:
             state = "unknown" if sequence is None else sequence.state.value
             raise EngineError(f"decode of request {request_id}: it is {state}, wanted reserved; call reserve() first")
-        sequence.computed = sequence.prompt_length
+        self.publish_received(sequence, len(sequence.blocks))
         sequence.tokens.append(first_token)
         if sequence.finish_reason() is None:
             sequence.state = State.DECODING

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Coroutine
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,9 @@ class Worker:
 
     async def _load_engine(self) -> Engine:
         settings = EngineConfig(**asdict(self.config.engine))
+        if self.config.role == "decode":
+            # Until fetch() knows of blocks that are held already, it writes all of them.
+            settings = replace(settings, prefix_cache=False)
         engine = await asyncio.to_thread(Engine.load, Path(self.config.model_path), settings, pool_maker(self.config))
         engine.start()
         if self.config.role == "prefill" and self.config.engine.prefix_cache:

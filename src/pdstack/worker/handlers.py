@@ -101,7 +101,7 @@ class DecodeHandler(Handler):
         reserved.
         """
         try:
-            blocks = await self.engine.reserve(wanted)
+            blocks = (await self.engine.reserve(wanted)).blocks
             job.check()
         except BaseException:
             # The client may have gone after the reservation was made; one that was not made is no matter.

@@ -38,9 +38,11 @@ async def tokens_of(engine: Engine, request: Request) -> list[int]:
 async def hand_over(source: Engine, target: Engine, request: Request) -> list[int]:
     """Prefill on one engine, copy the blocks, decode on the other: what a disaggregated deployment does."""
     result = await source.prefill(request)
-    blocks = await target.reserve(request)
-    assert len(blocks) == len(result.blocks)
-    target.pool.array[blocks] = source.pool.array[result.blocks]
+    there = await target.reserve(request)
+    assert len(there.blocks) == len(result.blocks)
+    # What is held is compared, as decode does by hash; the rest moves.
+    assert np.array_equal(target.pool.array[there.blocks[: there.held]], source.pool.array[result.blocks[: there.held]])
+    target.pool.array[there.blocks[there.held :]] = source.pool.array[result.blocks[there.held :]]
     source.release(request.request_id)
     tokens: list[int] = []
     async for step in target.decode(request, result.first_token):

@@ -239,7 +239,7 @@ def test_an_exhausted_pool_queues_then_refuses(make_engine: MakeEngine) -> None:
         while not engine.stats().waiting:
             await asyncio.sleep(0)
         engine.release("held")
-        assert len(await within(5, waiting)) == 3
+        assert len((await within(5, waiting)).blocks) == 3
         # Waits in vain.
         with pytest.raises(Overloaded, match=r"waited 0.3 s for 6 KV blocks"):
             await engine.reserve(greedy("vain", prompt(90), 2))
@@ -379,7 +379,7 @@ def test_blocks_that_a_peer_may_touch_survive_a_cancel(make_engine: MakeEngine) 
 
     async def scenario() -> None:
         await engine.prefill(greedy("held", prompt(30), 1))
-        await engine.reserve(greedy("reserved", prompt(30), 2))
+        await engine.reserve(greedy("reserved", prompt(30, 1), 2))
         assert not engine.cancel("held") and not engine.cancel("reserved")
         assert engine.stats().used_blocks == 4
         assert engine.quarantine("reserved")

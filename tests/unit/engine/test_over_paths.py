@@ -78,7 +78,7 @@ def test_tokens_are_those_of_one_engine_and_never_of_other_memory(
                 request = greedy(f"r{length}", prompt(length), 12)
                 wanted = await tokens_of(alone, request)
                 ticket = await export(source, prefill, request)
-                blocks = await target.reserve(request)
+                blocks = (await target.reserve(request)).blocks
                 report = await decode.fetch(ticket, blocks)
                 assert (report.backend, report.transport) == ("path", path)
                 found = [token async for step in target.decode(request, report.first_token) for token in step.token_ids]
@@ -88,7 +88,7 @@ def test_tokens_are_those_of_one_engine_and_never_of_other_memory(
             ticket = await export(source, prefill, request)
             source.pool.array[ticket.blocks[-1]] += np.float32(1)
             with pytest.raises(ChecksumMismatch):
-                await decode.fetch(ticket, await target.reserve(request))
+                await decode.fetch(ticket, (await target.reserve(request)).blocks)
             target.unreserve(request.request_id)
         finally:
             await decode.close()

@@ -40,17 +40,44 @@ def test_releasing_twice_is_an_error() -> None:
         pool.release(blocks)
 
 
-def test_a_prefix_is_found_but_never_the_whole_prompt() -> None:
+def test_a_prefix_is_found_in_whole_blocks() -> None:
     pool = BlockPool(8, SIZE, prefix_cache=True)
     tokens = list(range(12))
     blocks = pool.allocate(3)
     publish_all(pool, blocks, tokens)
     pool.release(blocks)
     assert pool.used == 0 and pool.cached == 3 and pool.available == 8
-    assert pool.match(tokens)[0] == blocks[:2]
+    assert pool.match(tokens)[0] == blocks
+    assert pool.match(tokens[:11])[0] == blocks[:2]
     assert pool.match([*tokens, 99])[0] == blocks
     assert pool.match([*tokens[:4], 99, *tokens[5:]])[0] == blocks[:1]
     assert pool.match([99, *tokens[1:]])[0] == []
+
+
+def test_a_block_handed_out_anew_has_another_generation() -> None:
+    pool = BlockPool(2, SIZE, prefix_cache=True)
+    blocks = pool.allocate(2)
+    first = pool.generations(blocks)
+    publish_all(pool, blocks, list(range(8)))
+    pool.release(blocks)
+    pool.acquire(blocks)
+    assert pool.generations(blocks) == first, "found in the cache: the same KV as before"
+    pool.release(blocks)
+    pool.allocate(1)
+    assert pool.generations(blocks) == [first[0], first[1] + 1]
+
+
+def test_what_builds_on_a_forgotten_block_is_forgotten_too() -> None:
+    pool = BlockPool(8, SIZE, prefix_cache=True)
+    blocks = pool.allocate(3)
+    publish_all(pool, blocks, list(range(12)))
+    other = pool.allocate(1)
+    publish_all(pool, other, list(range(50, 54)))
+    pool.events.clear()
+    assert pool.forget([blocks[1]]) == 2
+    assert pool.match(list(range(12)))[0] == blocks[:1]
+    assert pool.match(list(range(50, 54)))[0] == other
+    assert len(pool.events[0].block_hashes) == 2 and pool.used == 4
 
 
 def test_the_end_of_a_prompt_is_evicted_before_its_beginning_and_both_are_reported() -> None:
@@ -113,7 +140,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20))
     def serve(self, tokens: list[int]) -> None:
         matched, parent = self.pool.match(tokens)
-        assert len(matched) * SIZE < len(tokens)
+        assert len(matched) * SIZE <= len(tokens)
         self.pool.acquire(matched)
         fresh = -(-len(tokens) // SIZE) - len(matched)
         try:
@@ -131,6 +158,14 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def give_back(self, data: st.DataObject) -> None:
         self.pool.release(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
+
+    @rule(block=st.integers(0, TOTAL - 1))
+    def doubt(self, block: int) -> None:
+        known = set(self.pool._content)
+        assert self.pool.forget([block]) == len(known) - len(self.pool._content)
+        assert block not in self.pool._content
+        kept = {content.hash for content in self.pool._content.values()}
+        assert all(content.parent is None or content.parent in kept for content in self.pool._content.values())
 
     @rule()
     def clear(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from pdstack.engine import Overloaded, PrefillResult, Request, RequestCancelled, Step
+from pdstack.engine import Overloaded, PrefillResult, Request, RequestCancelled, Reservation, Step
 from pdstack.transfer import ClusterKey, TicketError, TransferError
 from pdstack.transfer.ticket import Ticket, issue
 from pdstack.worker.finished import FinishedRequests
@@ -56,11 +56,11 @@ class Engine:
     def release(self, key: str) -> None:
         self.calls.append(f"release {key}")
 
-    async def reserve(self, request: Request) -> list[int]:
+    async def reserve(self, request: Request) -> Reservation:
         if self.overloaded:
             raise Overloaded("the queue is full")
         self.calls.append("reserve")
-        return [9]
+        return Reservation([9], 0)
 
     def unreserve(self, key: str) -> None:
         self.calls.append(f"unreserve {key}")

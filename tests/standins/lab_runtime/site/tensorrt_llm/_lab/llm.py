@@ -80,8 +80,9 @@ class LLM:
             max_batch=min(self.args.max_batch_size or 32, 32),
             prefill_chunk=128,
             threads=2,
-            # A prefill-only worker that reuses blocks needs no more than this of TensorRT-LLM's reuse tree.
-            prefix_cache=cache.enable_block_reuse,
+            # A prefill-only worker that reuses blocks needs no more than this of TensorRT-LLM's reuse tree. Its
+            # transceiver moves all blocks of a prompt, also those that decode has.
+            prefix_cache=cache.enable_block_reuse and self.role != "decode",
         )
         self.engine = reference.Engine.load(Path(self.args.model), config)
         if cache.event_buffer_max_size:
@@ -175,7 +176,7 @@ class LLM:
         transceiver.check_buffer(len(request.token_ids), self.args.cache_transceiver_config)
         began = time.monotonic()
         try:
-            blocks = await self.engine.reserve(request)
+            blocks = (await self.engine.reserve(request)).blocks
         except BaseException:
             self.engine.unreserve(request.request_id)
             await agent.discard(ticket)
