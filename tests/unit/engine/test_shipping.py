@@ -166,7 +166,7 @@ def test_blocks_that_were_told_stay_until_they_are_released(
 
 
 def test_a_prompt_that_nobody_was_told_of_keeps_nothing(make_engine: MakeEngine) -> None:
-    engine = make_engine()
+    engine = make_engine(kv_blocks=200)
 
     def refuse(*_: object) -> None:
         raise ValueError("no export")
