@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -79,16 +80,29 @@ def test_a_prompt_is_shipped_while_it_is_computed(make_engine: MakeEngine) -> No
     assert source.stats().used_blocks == target.stats().used_blocks == 0
 
 
-def test_shipped_prompts_with_one_beginning_compute_it_once_in_blocks_of_their_own(make_engine: MakeEngine) -> None:
+def test_shipped_prompts_with_one_beginning_compute_it_once_in_blocks_of_their_own(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = make_engine(kv_blocks=512)
+    forward, all_admitted = engine.model.forward, threading.Event()
+
+    def patient(*arguments: Any) -> Any:
+        assert all_admitted.wait(20)
+        return forward(*arguments)
+
+    monkeypatch.setattr(engine.model, "forward", patient)
     requests = [greedy(f"r{at}", [*prompt(256), at + 40], 3) for at in range(16)]
 
     async def scenario() -> None:
         wanted = [(await tokens_of(make_engine(), request))[0] for request in requests[:3]]
         shipments = [Shipment(engine) for _ in requests]
-        found = await asyncio.gather(
-            *(shipment.run(request) for shipment, request in zip(shipments, requests, strict=True))
-        )
+        running = [
+            asyncio.create_task(shipment.run(request)) for shipment, request in zip(shipments, requests, strict=True)
+        ]
+        while engine.stats().prefilling < 16:
+            await asyncio.sleep(0)
+        all_admitted.set()
+        found = await asyncio.gather(*running)
         assert found[:3] == wanted
         assert len({block for shipment in shipments for block in shipment.blocks}) == 16 * 17, "each has its own blocks"
         for shipment in shipments:
