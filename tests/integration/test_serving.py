@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.processes import Completion, Stack, wait_for
+from tests.integration.processes import Completion, Stack, get, wait_for
 
 # Around the edges of blocks (16) and of prefill chunks (128).
 LENGTHS = (1, 2, 15, 16, 17, 127, 128, 129, 400, 900)
@@ -68,15 +68,34 @@ def test_chat_is_streamed(stack: Stack) -> None:
 
 def test_tokens_equal_the_aggregated_ones(stack: Stack, aggregated: Stack) -> None:
     before = stack.workers["decode-0"].metrics()
-    for length in LENGTHS:
+    for salt, length in enumerate(LENGTHS):
+        # No prompt begins like another, so that every block has to move.
+        text = prompt(length, 40 + salt)
         options: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True}
-        here = tokens(stack, stack.complete(prompt(length), **options))
-        there = tokens(aggregated, aggregated.complete(prompt(length), **options))
+        here = tokens(stack, stack.complete(text, **options))
+        there = tokens(aggregated, aggregated.complete(text, **options))
         assert len(here) == 24
         assert here == there, f"prompt of {length} tokens"
     moved = bytes_moved(stack.workers["decode-0"].metrics(), stack.backend) - bytes_moved(before, stack.backend)
     blocks = sum(-(-length // 16) for length in LENGTHS)
     assert moved == blocks * block_bytes(stack)
+
+
+def test_what_decode_holds_already_does_not_move(stack: Stack, aggregated: Stack) -> None:
+    decode = stack.workers["decode-0"]
+    options: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True}
+    first = prompt(200, 77)
+    answer = tokens(stack, stack.complete(first, **options))
+    before = decode.metrics()
+    follow_up = [*first, *answer, *prompt(30, 78)]
+    answer = tokens(stack, stack.complete(follow_up, **options))
+    after = decode.metrics()
+    assert answer == tokens(aggregated, aggregated.complete(follow_up, **options))
+    # 239 tokens of the first round have KV: 14 full blocks. The follow-up has 270 tokens: 17 blocks.
+    assert bytes_moved(after, stack.backend) - bytes_moved(before, stack.backend) == 3 * block_bytes(stack)
+    records = get(decode.status_url + "/audit")[1]
+    assert records[-1]["held"] == 14
+    assert records[-1]["verdict"] == "ok"
 
 
 def block_bytes(stack: Stack) -> int:

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pdstack.engine import Engine, EngineConfig
 from pdstack.transfer import KVLayout, Role, TransferAgent, TransferConfig, TransferMetrics
 from pdstack.worker import coordination, predecessor
+from pdstack.worker.again import AskAgainFailed
 from pdstack.worker.config import WorkerConfig
 from pdstack.worker.dynamo_link import Link, RuntimeFailed
 from pdstack.worker.finished import FinishedRequests
@@ -52,7 +53,13 @@ class Worker:
         self.finished = FinishedRequests()
         self.jobs = Jobs(config.role, WorkerMetrics(self.registry), self.finished)
         self.status = StatusServer(
-            {"health": self._health, "metrics": self._metrics, "transfer": self._transfer, "requests": self._request}
+            {
+                "health": self._health,
+                "metrics": self._metrics,
+                "transfer": self._transfer,
+                "audit": self._audit,
+                "requests": self._request,
+            }
         )
         self.engine: Engine | None = None
         self.agent: TransferAgent | None = None
@@ -142,9 +149,6 @@ class Worker:
 
     async def _load_engine(self) -> Engine:
         settings = EngineConfig(**asdict(self.config.engine))
-        if self.config.role == "decode":
-            # Until fetch() knows of blocks that are held already, it writes all of them.
-            settings = replace(settings, prefix_cache=False)
         engine = await asyncio.to_thread(Engine.load, Path(self.config.model_path), settings, pool_maker(self.config))
         engine.start()
         if self.config.role == "prefill" and self.config.engine.prefix_cache:
@@ -165,6 +169,7 @@ class Worker:
             pool=engine.pool.array,
             config=TransferConfig.from_mapping(asdict(settings)),
             metrics=TransferMetrics(self.registry),
+            generations=engine.generations,
         )
 
     async def _connect(self) -> None:
@@ -204,8 +209,20 @@ class Worker:
         limits = (self.config.engine.max_context, self.config.engine.default_max_tokens)
         if self.agent is None:
             return AggregatedHandler(self.engine, self.jobs, *limits)
-        kind = PrefillHandler if self.config.role == "prefill" else DecodeHandler
-        return kind(self.engine, self.agent, self.jobs, *limits)
+        if self.config.role == "prefill":
+            return PrefillHandler(self.engine, self.agent, self.jobs, *limits, self._instance)
+        return DecodeHandler(
+            self.engine, self.agent, self.jobs, *limits, prefill=self, attempts=self.config.migration_limit
+        )
+
+    def _instance(self) -> int | None:
+        return self.link.worker_id if self.link is not None else None
+
+    async def ask(self, request: Mapping[str, Any], request_id: str, avoid: Collection[int]) -> Mapping[str, Any]:
+        """Ask a prefill worker: see :class:`pdstack.worker.again.Prefill`. A request outlives a registration."""
+        if self.link is None:
+            raise AskAgainFailed("the KV of the prompt is lost, and this worker is not registered to ask prefill again")
+        return await self.link.ask_prefill(request, request_id, avoid)
 
     async def _announce(self, link: Link) -> None:
         try:
@@ -278,6 +295,11 @@ class Worker:
         if self.agent is None:
             return json_answer(404, {"error": "this worker has no transfer agent (yet)"})
         return json_answer(200, self.agent.stats())
+
+    def _audit(self, _: str) -> Answer:
+        if self.agent is None:
+            return json_answer(404, {"error": "this worker has no transfer agent (yet)"})
+        return json_answer(200, self.agent.audit.recent())
 
     def _request(self, request_id: str) -> Answer:
         record = self.finished.get(request_id)

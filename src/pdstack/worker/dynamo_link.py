@@ -7,18 +7,28 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import os
-from collections.abc import Sequence
+import random
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from pdstack.worker.again import AskAgainFailed
 from pdstack.worker.config import WorkerConfig
 from pdstack.worker.handlers import Handler
+
+log = logging.getLogger(__name__)
 
 # NVIDIA's own component names. The frontend goes by the model type, people go by these.
 COMPONENTS = {"prefill": "prefill", "decode": "backend", "aggregated": "backend"}
 ENDPOINT = "generate"
 REGISTRATION_TIMEOUT_S = 15.0
 REGISTRATION_POLL_S = 0.02
+# A prefill worker that was killed is back after 1 to 2 s and the loading of its model, if a container restarts it.
+OTHER_PREFILL_S = 30.0
+OTHER_PREFILL_POLL_S = 0.1
+# Beyond the wait for blocks, which is prefill's own to bound: a worker that is frozen never answers.
+ANSWER_S = 15.0
 
 
 class RuntimeFailed(Exception):
@@ -44,6 +54,7 @@ class Link:
         self._component: Any = None
         self._endpoint: Any = None
         self._client: Any = None
+        self._prefill: Any = None
         self._metrics_publisher: Any = None
         self._last_metrics: tuple[int, int, int] | None = None
 
@@ -58,6 +69,9 @@ class Link:
             self._component = self._runtime.namespace(config.namespace).component(COMPONENTS[config.role])
             await self._component.create_service()
             self._endpoint = self._component.endpoint(ENDPOINT)
+            if config.role == "decode":
+                prefill = self._runtime.namespace(config.namespace).component(COMPONENTS["prefill"])
+                self._prefill = await prefill.endpoint(ENDPOINT).client()
             self._metrics_publisher = WorkerMetricsPublisher()
             created = self._metrics_publisher.create_endpoint(self._component)
             if inspect.isawaitable(created):
@@ -125,6 +139,40 @@ class Link:
     def listed(self) -> bool:
         """Say whether discovery lists this instance now."""
         return self._client is not None and self.worker_id in self._client.instance_ids()
+
+    async def ask_prefill(
+        self, request: Mapping[str, Any], request_id: str, avoid: Collection[int]
+    ) -> Mapping[str, Any]:
+        """Decode only: see :class:`pdstack.worker.again.Prefill`."""
+        from dynamo.runtime import Context
+
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + OTHER_PREFILL_S
+        problem = "none is registered"
+        tried: set[int] = set()
+        while True:
+            late = loop.time() >= deadline
+            left = set(self._prefill.instance_ids()) - tried - (set() if late else set(avoid))
+            if not left and late:
+                raise AskAgainFailed(f"the KV of the prompt is lost and no prefill worker computes it again: {problem}")
+            if not left:
+                await asyncio.sleep(OTHER_PREFILL_POLL_S)
+                continue
+            instance = random.choice(sorted(left))  # noqa: S311  # spreads load, keeps no secret
+            tried.add(instance)
+            try:
+                async with asyncio.timeout(self._config.engine.queue_timeout_s + ANSWER_S):
+                    context = Context(request_id)
+                    stream = await self._prefill.direct(dict(request), instance, annotated=False, context=context)
+                    async for item in stream:
+                        return dict(item)
+                problem = f"{instance:x} gave nothing"
+            except TimeoutError:
+                problem = f"{instance:x} did not answer"
+            except Exception as error:
+                # Whatever Dynamo raises: what counts is that this one did not take the prompt.
+                problem = f"{instance:x}: {error}"
+            log.warning("request %s: prefill worker %s", request_id, problem)
 
     def publish_metrics(self, active: int, waiting: int, used_blocks: int) -> None:
         """Tell the router how busy this worker is; what has not changed is not sent again."""

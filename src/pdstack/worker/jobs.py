@@ -37,11 +37,12 @@ class Job:
 
     `request_id` is Dynamo's: equal in prefill and decode, and kept when a request moves to another worker. `key` names
     this attempt and never repeats in this process, so that two attempts of one request cannot meet in the engine.
+    `engine_key` is the name that the engine knows it by: `key`, until its KV had to be asked for again.
     """
 
     def __init__(self, request_id: str, key: str, request: Mapping[str, Any]) -> None:
         self.request_id = request_id
-        self.key = key
+        self.key = self.engine_key = key
         self.request = request
         self.started = time.monotonic()
         self.cancelled = False
@@ -51,15 +52,32 @@ class Job:
         self.finish_reason: str | None = None
         self.items: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self.problem: Exception | None = None
+        self.streaming = True
+        self.watch: asyncio.Task[None] | None = None
 
-    def give(self, token_ids: list[int], finish_reason: str | None, **more: Any) -> None:
-        """Hand tokens to the client, in Dynamo's form; `more` goes into the same item."""
+    def end_stream(self) -> None:
+        """Let the generator that Dynamo holds end, while the work goes on.
+
+        From now on nobody hears of an error, and a client that goes away is not noticed: Dynamo drops the context.
+        """
+        self.streaming = False
+        self.items.put_nowait(None)
+        if self.watch is not None:
+            self.watch.cancel()
+
+    def note(self, token_ids: list[int], finish_reason: str | None) -> None:
+        """Remember tokens that the client gets in another way."""
         now = time.monotonic()
         self.tokens.extend(token_ids)
         self.token_times.extend(now for _ in token_ids)
+        self.finish_reason = finish_reason or self.finish_reason
+
+    def give(self, token_ids: list[int], finish_reason: str | None, **more: Any) -> None:
+        """Hand tokens to the client, in Dynamo's form; `more` goes into the same item."""
+        self.note(token_ids, finish_reason)
         item: dict[str, Any] = {"token_ids": token_ids, **more}
         if finish_reason is not None:
-            self.finish_reason = item["finish_reason"] = finish_reason
+            item["finish_reason"] = finish_reason
         self.items.put_nowait(item)
 
     def check(self) -> None:
@@ -73,7 +91,7 @@ class Jobs:
 
     def __init__(self, role: str, metrics: WorkerMetrics, finished: FinishedRequests) -> None:
         self._role = role
-        self._metrics = metrics
+        self.metrics = metrics
         self._finished = finished
         self._numbers = itertools.count(1)
         self._in_flight: dict[str, Job] = {}
@@ -115,11 +133,11 @@ class Jobs:
         job = Job(context.id(), f"{context.id()}#{next(self._numbers)}", request)
         self._in_flight[job.key] = job
         self._idle.clear()
-        self._metrics.in_flight.inc()
+        self.metrics.in_flight.inc()
         self._tasks[job.key] = asyncio.create_task(self._run(job, context, work, on_cancel, refusals))
         while (item := await job.items.get()) is not None:
             yield item
-        if job.problem is not None:
+        if job.problem is not None and job.streaming:
             # Dynamo prints the traceback of what it catches; the frames of the task are in our own log already.
             raise job.problem.with_traceback(None)
 
@@ -131,7 +149,7 @@ class Jobs:
         on_cancel: Callable[[Job], None],
         refusals: tuple[type[Exception], ...],
     ) -> None:
-        watch = asyncio.create_task(self._watch(job, context, on_cancel))
+        job.watch = asyncio.create_task(self._watch(job, context, on_cancel))
         outcome = "error"
         try:
             await work(job)
@@ -149,9 +167,9 @@ class Jobs:
             if not job.cancelled:
                 log.exception("request %s failed", job.request_id)
         finally:
-            watch.cancel()
+            job.watch.cancel()
             self._finish(job, "cancelled" if job.cancelled else outcome)
-            if not self._abandoned:
+            if job.streaming and not self._abandoned:
                 job.items.put_nowait(None)
 
     async def _watch(self, job: Job, context: Any, on_cancel: Callable[[Job], None]) -> None:
@@ -165,15 +183,15 @@ class Jobs:
         del self._in_flight[job.key], self._tasks[job.key]
         if not self._in_flight:
             self._idle.set()
-        self._metrics.in_flight.dec()
-        self._metrics.requests.labels(outcome).inc()
-        self._metrics.prompt_tokens.inc(len(job.request.get("token_ids") or ()))
-        self._metrics.cached_tokens.inc(job.details.get("cached_tokens", 0))
-        self._metrics.generated_tokens.inc(len(job.tokens))
+        self.metrics.in_flight.dec()
+        self.metrics.requests.labels(outcome).inc()
+        self.metrics.prompt_tokens.inc(len(job.request.get("token_ids") or ()))
+        self.metrics.cached_tokens.inc(job.details.get("cached_tokens", 0))
+        self.metrics.generated_tokens.inc(len(job.tokens))
         if job.token_times:
-            self._metrics.first_token.observe(job.token_times[0] - job.started)
+            self.metrics.first_token.observe(job.token_times[0] - job.started)
         for earlier, later in itertools.pairwise(job.token_times):
-            self._metrics.inter_token.observe(later - earlier)
+            self.metrics.inter_token.observe(later - earlier)
         record = {
             "request_id": job.request_id,
             "role": self._role,

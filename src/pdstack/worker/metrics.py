@@ -29,6 +29,12 @@ class WorkerMetrics:
             "pdstack_cached_prompt_tokens", "Tokens of prompts found in the prefix cache", registry=registry
         )
         self.generated_tokens = Counter("pdstack_generated_tokens", "Tokens given to clients", registry=registry)
+        self.prefill_again = Counter(
+            "pdstack_prefill_again",
+            "Times that decode asked prefill for a prompt once more, by why its KV was lost",
+            ["reason"],
+            registry=registry,
+        )
         self.first_token = Histogram(
             "pdstack_time_to_first_token_seconds",
             "From the arrival of a request at this worker to its first token",

@@ -3,6 +3,7 @@
     GET /health                200 if this worker can serve, else 503 with the reasons
     GET /metrics               Prometheus text
     GET /transfer              the transfer agent's own counters, JSON
+    GET /audit                 the last records of the transfer's audit log, oldest first, JSON
     GET /requests/REQUEST_ID   tokens and timings of one of the last finished requests, JSON
 
 Only GET, one request per connection. Written on asyncio streams: the worker has an event loop and needs no framework.

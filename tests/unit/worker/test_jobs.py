@@ -142,6 +142,33 @@ def test_an_error_after_the_client_left_is_a_cancellation() -> None:
     asyncio.run(scenario())
 
 
+def test_work_goes_on_after_the_end_of_its_stream() -> None:
+    async def scenario() -> None:
+        bench = Bench()
+        context = Context()
+        proceed = asyncio.Event()
+
+        async def work(job: Job) -> None:
+            job.give([], None, ticket=1)
+            job.end_stream()
+            await proceed.wait()
+            job.note([7], "length")
+
+        assert [item async for item in bench.serve(context, work)] == [{"token_ids": [], "ticket": 1}]
+        assert bench.jobs.in_flight == 1, "a worker that drains waits for it"
+        context.stopped.set()
+        await asyncio.sleep(0.01)
+        assert bench.cancelled == [], "who leaves after the end of the stream is no matter of this request"
+        proceed.set()
+        await asyncio.wait_for(bench.jobs.wait_idle(), 1)
+        record = bench.finished.get("r")
+        assert record is not None
+        assert (record["outcome"], record["token_ids"], record["finish_reason"]) == ("ok", [7], "length")
+        assert bench.registry.get_sample_value("pdstack_time_to_first_token_seconds_count") == 1
+
+    asyncio.run(scenario())
+
+
 def test_two_attempts_of_one_request_have_different_keys() -> None:
     async def scenario() -> None:
         bench = Bench()
