@@ -113,9 +113,11 @@ class Link:
         try:
             answer = await self._ask({"type": "begin", "ticket": wire, "from": len(incoming.hashes)})
         except BaseException:
-            # Prefill may have granted it meanwhile; without this the export would be held until the link ends.
             self.end(incoming)
-            self.channel.send({"type": "discard", "ticket": wire})
+            if not self.lost.done():
+                # Prefill may have granted it meanwhile; without this the export would be held until the link ends. Over
+                # a lost link nothing is said: what was granted over it may still be had over the next.
+                self.channel.send({"type": "discard", "ticket": wire})
             raise
         if answer["type"] != "granted":
             self.end(incoming)

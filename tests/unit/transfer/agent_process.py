@@ -65,6 +65,16 @@ class End:
     async def poke(self, number: int, value: float) -> None:
         self.pool[number].reshape(-1)[-1] = value
 
+    async def turn_final(self, request: str) -> int:
+        """Turn a bit of a block that is final, so that its hash is known; -1 if there is none (any more)."""
+        agent: Any = self.agent
+        export = agent._book.of_request(request)
+        if export is None or not export.final:
+            return -1
+        block = export.ticket.blocks[export.final // 2]
+        self.pool[block].view(np.uint8).reshape(-1)[5] ^= 16
+        return int(block)
+
     async def export(self, request: str, blocks: list[int], tokens: int = 1) -> dict[str, Any]:
         ticket = self.agent.export(request, blocks, tokens, 7, lambda r, why: self.released.append((r, str(why))))
         return ticket.to_wire()
