@@ -14,6 +14,7 @@ import time
 from collections import Counter
 
 from tests.chaos.faults import FAULTS, WEIGHTS
+from tests.chaos.steady import steady
 from tests.chaos.world import Transfer, Violation, World, check_freed
 
 PATHS = ("shared", "cma", "stream", "auto", "ucx", "nixl")
@@ -40,7 +41,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same faults (0: a new one)")
     parser.add_argument("--path", choices=PATHS, nargs="+", default=PATHS)
     parser.add_argument("--fault", choices=sorted(FAULTS), nargs="+", default=sorted(FAULTS))
+    parser.add_argument("--steady", type=float, metavar="MINUTES", help="no faults: steady traffic between many agents")
+    parser.add_argument("--prefill", type=int, default=8, help="prefill agents of --steady")
+    parser.add_argument("--decode", type=int, default=8, help="decode agents of --steady")
     options = parser.parse_args()
+    if options.steady:
+        path = "auto" if options.path == PATHS else options.path[0]
+        backend = path if path in ("ucx", "nixl") else "ucx"
+        path = "backend" if path == backend else path
+        print(steady(options.prefill, options.decode, options.steady, path, backend, options.seed or 1))
+        return 0
     seed = options.seed or random.SystemRandom().randrange(1 << 30)
     rng = random.Random(seed)
     print(f"{options.points} points, --seed {seed}", flush=True)

@@ -31,7 +31,8 @@ class Wire:
                 return
             try:
                 far = socket.create_connection(("127.0.0.1", self.there), 5)
-            except OSError:
+            except OSError as error:
+                print(f"the wire could not connect: {error}", flush=True)
                 near.close()
                 continue
             with self._lock:
@@ -40,11 +41,13 @@ class Wire:
             threading.Thread(target=self._carry, args=(far, near, True), daemon=True).start()
 
     def _carry(self, source: socket.socket, target: socket.socket, down: bool) -> None:
-        with suppress(OSError):
+        try:
             source.settimeout(None)
             while data := source.recv(1 << 16):
                 self._flow.wait()
                 target.sendall(self._turned(data) if down else data)
+        except OSError as error:
+            print("wire", down, error, flush=True)
         for end in (source, target):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)

@@ -7,17 +7,19 @@ path to see how fast that is; if one is clearly faster than the path in use, it 
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
 # Smaller transfers are fixed cost, and say nothing about a path's speed.
 EVIDENCE_BYTES = 1 << 20
-# A path has to be this much faster, over so many transfers, before the path in use is left. Until there is that much
-# evidence of each path, they are tried more often.
-MARGIN = 1.15
-ENOUGH = 3
+# A path has to be this much faster, by the medians of so many transfers each, before the path in use is left: on a busy
+# host single transfers differ by more. Until there is that much evidence of each path, they are tried more often.
+MARGIN = 1.25
+ENOUGH = 5
 EARLY_EVERY = 10
-_WEIGHT = 0.3  # of the latest transfer in the running mean
+_REMEMBERED = 15
 
 
 class Change(NamedTuple):
@@ -32,11 +34,18 @@ class Change(NamedTuple):
 
 class _Evidence:
     def __init__(self) -> None:
-        self.rate, self.transfers = 0.0, 0
+        self._rates: deque[float] = deque(maxlen=_REMEMBERED)
 
     def add(self, rate: float) -> None:
-        self.rate = rate if not self.transfers else (1 - _WEIGHT) * self.rate + _WEIGHT * rate
-        self.transfers += 1
+        self._rates.append(rate)
+
+    @property
+    def transfers(self) -> int:
+        return len(self._rates)
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self._rates) if self._rates else 0.0
 
 
 class Choice:
@@ -48,7 +57,8 @@ class Choice:
         self._paths = list(paths)
         self._every = recheck_every
         self._evidence = {path: _Evidence() for path in paths}
-        self._since = 0
+        self._since = self._turn = 0
+        self._looked: dict[str, int] = {}
 
     @property
     def current(self) -> str:
@@ -61,11 +71,11 @@ class Choice:
         return tuple(self._paths)
 
     def rates(self) -> dict[str, float]:
-        """Bytes a second of each path that has been used, as a running mean."""
+        """Bytes a second of each path that has been used: the median of its last transfers."""
         return {path: found.rate for path, found in self._evidence.items() if found.transfers}
 
     def pick(self) -> str:
-        """The path for the next transfer: the one in use, or now and then the one that is known least."""
+        """The path for the next transfer: the one in use, or now and then one of the others."""
         others = self._paths[1:]
         if not others or not self._every:
             return self.current
@@ -74,7 +84,11 @@ class Choice:
         if self._since < (min(EARLY_EVERY, self._every) if known < ENOUGH else self._every):
             return self.current
         self._since = 0
-        return min(others, key=lambda path: self._evidence[path].transfers)
+        # In turn, the one that was not looked at for longest.
+        self._turn += 1
+        path = min(others, key=lambda path: self._looked.get(path, 0))
+        self._looked[path] = self._turn
+        return path
 
     def other(self, than: str) -> str | None:
         """The best path that is not `than`; None if there is no other."""
@@ -89,7 +103,9 @@ class Choice:
         mine = self._evidence[self.current]
         if path == self.current or min(found.transfers, mine.transfers) < ENOUGH or found.rate < MARGIN * mine.rate:
             return None
-        change = Change(self.current, path, mine.rate, found.rate, f"{found.transfers} transfers measured")
+        change = Change(
+            self.current, path, mine.rate, found.rate, f"medians of {mine.transfers} and {found.transfers} transfers"
+        )
         self._paths.remove(path)
         self._paths.insert(0, path)
         return change

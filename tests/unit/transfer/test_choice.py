@@ -15,7 +15,7 @@ def test_the_first_is_taken_and_the_others_are_looked_at_now_and_then() -> None:
     choice = Choice(["a", "b", "c"], recheck_every=100)
     picks = [choice.pick() for _ in range(3 * EARLY_EVERY)]
     assert picks.count("a") == 3 * (EARLY_EVERY - 1)
-    assert picks[EARLY_EVERY - 1] == "b"
+    assert [path for path in picks if path != "a"] == ["b", "c", "b"]
     for path in ("b", "c"):
         for _ in range(ENOUGH):
             choice.note(path, MIB, 1.0)
@@ -32,8 +32,8 @@ def test_a_faster_path_is_taken_with_both_figures() -> None:
     choice = Choice(["a", "b"], recheck_every=10)
     for _ in range(ENOUGH):
         assert choice.note("a", 10 * MIB, 1.0) is None
-    assert choice.note("b", 20 * MIB, 1.0) is None, "once is no evidence"
-    assert choice.note("b", 20 * MIB, 1.0) is None
+    for _ in range(ENOUGH - 1):
+        assert choice.note("b", 20 * MIB, 1.0) is None, "that is not enough evidence"
     change = choice.note("b", 20 * MIB, 1.0)
     assert change is not None
     assert (change.before, change.after) == ("a", "b")
@@ -44,9 +44,10 @@ def test_a_faster_path_is_taken_with_both_figures() -> None:
 
 def test_a_little_faster_or_a_little_evidence_is_not_enough() -> None:
     choice = Choice(["a", "b"], recheck_every=10)
-    for _ in range(9):
+    for number in range(9):
         choice.note("a", 10 * MIB, 1.0)
-        assert choice.note("b", 11 * MIB, 1.0) is None
+        # One lucky transfer is not the median.
+        assert choice.note("b", 11 * MIB, 0.01 if number == 4 else 1.0) is None
     for _ in range(9):
         assert choice.note("b", EVIDENCE_BYTES - 1, 1e-9) is None, "a small transfer says nothing"
     assert choice.current == "a"
