@@ -195,6 +195,14 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def ab(session: nox.Session) -> None:
+    """The served model over several ways to move KV, side by side (-- ucx nixl shared ..., see --help)."""
+    env = test_servers(session, environment(session, "dev"))
+    path = {"PYTHONPATH": f"{ROOT}/src:{ROOT}"}
+    run(session, env | path, "python", "-m", "benchmarks.ab", *(session.posargs or ["ucx", "nixl"]))
+
+
+@nox.session(default=False)
 def bench_kv(session: nox.Session) -> None:
     """How fast KV moves here: own paths beside NIXL, UCX, Mooncake and the limit (-- --quick, see --help)."""
     env = environment(session, "dev")
