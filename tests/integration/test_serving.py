@@ -96,6 +96,10 @@ def test_what_decode_holds_already_does_not_move(stack: Stack, aggregated: Stack
     records = get(decode.status_url + "/audit")[1]
     assert records[-1]["held"] == 14
     assert records[-1]["verdict"] == "ok"
+    # A check that wants to see all of it moved can have that.
+    without = {"nvext": {"annotations": ["pdstack:no-prefix-cache"]}}
+    assert tokens(stack, stack.complete(follow_up, **options, **without)) == answer
+    assert bytes_moved(decode.metrics(), stack.backend) - bytes_moved(after, stack.backend) == 17 * block_bytes(stack)
 
 
 def block_bytes(stack: Stack) -> int:

@@ -100,7 +100,8 @@ def measured(
     frontend, model = topology["frontends"][0]["url"], deployment["model"]["name"]
 
     def serve(request: dict[str, Any]) -> ask.Answer:
-        return ask.complete(frontend, model, request["token_ids"], request["max_tokens"])
+        # The prompts are the same at every verification: out of a prefix cache they would prove nothing.
+        return ask.complete(frontend, model, request["token_ids"], request["max_tokens"], prefix_cache=False)
 
     before = scrape(topology)
     # Every third one alone, the others side by side.

@@ -18,6 +18,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 TIMEOUT_S = 120.0
+# As pdstack.worker.requests has it, which a controller does not import.
+NO_PREFIX_CACHE = "pdstack:no-prefix-cache"
 
 
 @dataclass
@@ -153,10 +155,11 @@ def complete(
     max_tokens: int,
     *,
     ignore_eos: bool = True,
+    prefix_cache: bool = True,
     timeout_s: float = TIMEOUT_S,
 ) -> Answer:
-    """Ask for a greedy completion of `token_ids`, streamed."""
-    body = {
+    """Ask for a greedy completion of `token_ids`, streamed; without `prefix_cache` all of it is computed and moved."""
+    body: dict[str, Any] = {
         "model": model,
         "prompt": list(token_ids),
         "max_tokens": max_tokens,
@@ -164,6 +167,8 @@ def complete(
         "ignore_eos": ignore_eos,
         "stream": True,
     }
+    if not prefix_cache:
+        body["nvext"] = {"annotations": [NO_PREFIX_CACHE]}
     return post(f"{frontend}/v1/completions", body, timeout_s)
 
 

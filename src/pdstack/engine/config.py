@@ -154,11 +154,15 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt. request_id is unique among the requests the engine knows at that time."""
+    """One prompt. request_id is unique among the requests the engine knows at that time.
+
+    Without reuse no block of it comes out of the prefix cache, for checks and measurements.
+    """
 
     request_id: str
     token_ids: Sequence[int]
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    reuse: bool = True
 
 
 @dataclass(frozen=True, slots=True)

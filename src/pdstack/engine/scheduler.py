@@ -163,7 +163,7 @@ class Scheduler:
             return False
         # Whoever computes has to compute the last token, whose logits choose the next. Decode computes none.
         known = sequence.prompt_length - (sequence.purpose is not Purpose.DECODE)
-        matched, parent = self.pool.match(sequence.tokens[:known])
+        matched, parent = self.pool.match(sequence.tokens[: known if sequence.request.reuse else 0])
         self.pool.acquire(matched)
         fresh = blocks_needed(sequence, self.config.block_size) - len(matched)
         if fresh > self.pool.available:
@@ -208,7 +208,7 @@ class Scheduler:
     def _take_from_cache(self, sequence: Sequence, plan: Plan) -> None:
         """Use blocks that others computed since admission: many prompts with one beginning compute it once."""
         size = self.config.block_size
-        if sequence.computed != sequence.known * size:
+        if sequence.computed != sequence.known * size or not sequence.request.reuse:
             return
         copies = Copies(sequence, [], [])
         while sequence.computed + size < sequence.prompt_length:

@@ -25,6 +25,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_decoding": (),
 }
 
+# An annotation (`"nvext": {"annotations": [...]}` in the HTTP body, which Dynamo hands on to both workers as it is).
+NO_PREFIX_CACHE = "pdstack:no-prefix-cache"
+
 
 class BadRequest(ValueError):
     """The request cannot be served as it is; the text tells the client what to change."""
@@ -53,7 +56,8 @@ def engine_request(
         chosen = sampling(request_id, data, max_tokens)
     except (TypeError, ValueError) as error:
         raise BadRequest(str(error)) from None
-    return Request(request_id=key, token_ids=token_ids, sampling=chosen)
+    reuse = NO_PREFIX_CACHE not in (data.get("annotations") or ())
+    return Request(request_id=key, token_ids=token_ids, sampling=chosen, reuse=reuse)
 
 
 def limit(data: Mapping[str, Any], default_max_tokens: int) -> int:

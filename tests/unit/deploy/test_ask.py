@@ -66,6 +66,14 @@ def test_a_complete_stream_is_good() -> None:
     assert seen[0]["temperature"] == 0
 
 
+def test_all_of_a_prompt_is_moved_if_asked_for() -> None:
+    with server(200, sse(piece(" a", "length"), "data: [DONE]")) as (url, seen):
+        ask.complete(url, "m", [1, 2], 2)
+        ask.complete(url, "m", [1, 2], 2, prefix_cache=False)
+    assert "nvext" not in seen[0]
+    assert seen[1]["nvext"] == {"annotations": ["pdstack:no-prefix-cache"]}
+
+
 def test_chat_pieces_are_read_from_the_delta() -> None:
     chunk = {"choices": [{"delta": {"content": "hi"}, "finish_reason": "stop"}]}
     with server(200, sse(chunk, "data: [DONE]")) as (url, _):

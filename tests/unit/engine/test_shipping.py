@@ -250,6 +250,18 @@ def test_without_prefix_cache_decode_holds_nothing(make_engine: MakeEngine) -> N
     assert target.stats().cached_blocks == 0
 
 
+def test_a_request_can_do_without_the_caches(make_engine: MakeEngine) -> None:
+    source, target = make_engine(), make_engine()
+
+    async def scenario() -> None:
+        for name in ("a", "b"):
+            request = replace(greedy(name, prompt(64), 20), reuse=False)
+            assert (await decoded(target, request, *await ship(source, request)))[1] == 0
+
+    asyncio.run(scenario())
+    assert source.stats().cached_tokens == 0 and source.stats().prompt_tokens == 128
+
+
 def test_many_at_once_share_a_prefix_and_never_write_it(make_engine: MakeEngine) -> None:
     source, target, alone = make_engine(), make_engine(kv_blocks=200), make_engine()
     requests = [greedy(f"r{at}", [*prompt(96), *([at] * (at % 20))], 50) for at in range(35, 65)]

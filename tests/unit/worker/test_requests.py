@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from pdstack.deploy import ask
 from pdstack.worker.requests import BadRequest, engine_request, seed_of
 
 # As the frontend of ai-dynamo 0.7.0.post1 sent it for a plain completion.
@@ -115,3 +116,8 @@ def test_max_tokens_is_cut_to_the_context() -> None:
 def test_what_cannot_be_served_is_refused(data: dict[str, Any], message: str) -> None:
     with pytest.raises(BadRequest, match=message):
         read(data)
+
+
+def test_a_request_can_do_without_the_prefix_cache() -> None:
+    assert engine_request("k", "r", PLAIN, 100, 10).reuse
+    assert not engine_request("k", "r", {**PLAIN, "annotations": [ask.NO_PREFIX_CACHE]}, 100, 10).reuse
