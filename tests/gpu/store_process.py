@@ -34,7 +34,7 @@ def main() -> None:
         layout = KVLayout(**fields)
         pool = content(layout, seed, device)
         store = CudaStore(layout, pool)
-        makers = exporters(store, identity(Role.PREFILL), listen_host="127.0.0.1", advertise="127.0.0.1", patience_s=5)
+        makers = exporters(store, identity(Role.PREFILL), "127.0.0.1", 0, "", advertise="127.0.0.1", patience_s=5)
         made = {name: make() for name, make in makers.items()}
         pipe.send({name: exporter.metadata() for name, exporter in made.items()})
         flat = pool.view(gpu().torch.uint8).view(layout.num_blocks, -1)

@@ -10,7 +10,8 @@ import pytest
 from pdstack.transfer import KVLayout, LayoutMismatch
 from pdstack.transfer.gpu import checksum
 from pdstack.transfer.gpu.needs import gpu
-from pdstack.transfer.gpu.store import CudaStore, is_tensor
+from pdstack.transfer.gpu.store import CudaStore
+from pdstack.transfer.store import store_of
 
 LAYOUT = KVLayout(9, 3, 4, 2, 16, "float16")
 
@@ -40,9 +41,8 @@ def test_hashes_are_those_of_each_block_alone_whatever_its_place() -> None:
 
 def test_another_shape_dtype_place_or_order_is_refused() -> None:
     torch = gpu().torch
-    pool, raw = pool_of(LAYOUT)
-    assert is_tensor(pool)
-    assert not is_tensor(raw)
+    pool, _ = pool_of(LAYOUT)
+    assert store_of(LAYOUT, pool).kind == "cuda"
     for wrong in (pool[:8], pool.float(), pool.view(torch.int16)):
         with pytest.raises(LayoutMismatch, match=r"its layout says float16 \(9, 3, 2, 4, 2, 16\)"):
             CudaStore(LAYOUT, wrong)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from pdstack.transfer.audit import AuditLog
 from pdstack.transfer.channel import Identity
@@ -19,7 +17,7 @@ from pdstack.transfer.exports import OnRelease
 from pdstack.transfer.layout import KVLayout
 from pdstack.transfer.metrics import TransferMetrics
 from pdstack.transfer.roles import Role
-from pdstack.transfer.store import HostStore
+from pdstack.transfer.store import BlockStore, store_of
 from pdstack.transfer.ticket import Ticket
 
 # How often each of some blocks has been given to a new owner.
@@ -64,21 +62,19 @@ class TransferAgent(ABC):
         *,
         name: str,
         audience: str,
-        layout: KVLayout,
-        pool: npt.NDArray[np.generic],
+        store: BlockStore,
         config: TransferConfig,
         metrics: TransferMetrics,
         generations: Generations | None,
     ) -> None:
         self.name = name
-        self.layout = layout
+        self.layout = store.layout
         self.config = config
         self.metrics = metrics
         self.incarnation = uuid.uuid4().hex
-        self._pool = pool
         self._generations = generations
-        self._store = HostStore(layout, pool)
-        self._fingerprint = layout.fingerprint()
+        self._store = store
+        self._fingerprint = store.layout.fingerprint()
         self._identity = Identity(name, self.incarnation, self.role, audience, config.cluster_key)
         self.audit = AuditLog(
             config.audit_file,
@@ -105,7 +101,7 @@ class TransferAgent(ABC):
         name: str,
         audience: str,
         layout: KVLayout,
-        pool: npt.NDArray[np.generic],
+        pool: Any,
         config: TransferConfig,
         metrics: TransferMetrics | None = None,
         generations: Generations | None = None,
@@ -113,7 +109,7 @@ class TransferAgent(ABC):
         """An agent for `role`, ready to work: the pool is registered, and a prefill agent listens.
 
         `pool` has ``layout.shape`` and must live until :meth:`close`; make it with :func:`allocate_pool`, prefill's
-        with the configured path.
+        with the configured path. Or it is a torch tensor in GPU memory, one run of blocks.
         `audience` is who may use the tickets, ``namespace/model``; both sides must have the same. `generations` says
         how often each of some blocks has been given to a new owner: with it prefill refuses to serve a block that is
         not any more what it was when the ticket was issued.
@@ -127,8 +123,7 @@ class TransferAgent(ABC):
         agent = kind(
             name=name,
             audience=audience,
-            layout=layout,
-            pool=pool,
+            store=await asyncio.to_thread(store_of, layout, pool),
             config=config,
             metrics=metrics or TransferMetrics(),
             generations=generations,

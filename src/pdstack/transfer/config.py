@@ -8,7 +8,7 @@ from typing import Any
 
 from pdstack.transfer.backends.base import BACKENDS
 from pdstack.transfer.keys import ClusterKey
-from pdstack.transfer.paths.base import BACKEND, CHOICES, PATHS
+from pdstack.transfer.paths.base import BACKEND, CHOICES, GPU_PATHS, PATHS
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,11 @@ class TransferConfig:
     Durations are seconds. A ticket that nobody takes up is void after `ticket_ttl_s`; a read that has begun has
     `read_timeout_s`; the two ends of a control connection hear of each other every `heartbeat_s`.
 
-    `path` is how the bytes move: ``backend``; an own path, ``shared``, ``cma`` or ``stream``; or ``auto``, the best of
-    all that connect. Decode's word counts; prefill offers what its own allows, and the backend always. `order` is the
-    measured order of the paths to a prefill worker, by its name; ``auto`` begins with it, and sends one of
-    `recheck_every` transfers over another path to see whether the order still holds (0: never).
+    `path` is how the bytes move: ``backend``; an own path, ``shared``, ``cma`` or ``stream``, of a pool in GPU memory
+    ``cuda_ipc`` or ``staged``; or ``auto``, the best of all that connect. Decode's word counts; prefill offers what its
+    own allows, and the backend always (not of GPU memory). `order` is the measured order of the paths to a prefill
+    worker, by its name; ``auto`` begins with it, and sends one of `recheck_every` transfers over another path to see
+    whether the order still holds (0: never).
 
     `stream_port` 0 takes a free port. `shared_directory` is where the socket of the path shared lies, for containers
     that share a directory and no network namespace ("": in the network namespace).
@@ -61,10 +62,9 @@ class TransferConfig:
         if self.path not in CHOICES:
             raise ValueError(f"kv_transfer_path is {self.path!r}, wanted one of: {', '.join(CHOICES)}")
         for peer, names in self.order.items():
-            if unknown := [name for name in names if name not in (BACKEND, *PATHS)]:
-                raise ValueError(
-                    f"transfer.order of {peer} has {unknown}, wanted some of {', '.join((BACKEND, *PATHS))}"
-                )
+            known = (BACKEND, *PATHS, *GPU_PATHS)
+            if unknown := [name for name in names if name not in known]:
+                raise ValueError(f"transfer.order of {peer} has {unknown}, wanted some of {', '.join(known)}")
         for name in ("ticket_ttl_s", "read_timeout_s", "heartbeat_s", "resume_s", "stall_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"transfer.{name} is {getattr(self, name)!r}, wanted seconds, more than 0")

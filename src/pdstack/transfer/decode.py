@@ -55,7 +55,7 @@ class DecodeAgent(TransferAgent):
         config = self.config
         self._tools = Tools(self._store, config, self.metrics, self.audit, self._quarantine)
         self._expected = Expected(config.backend, self._fingerprint, self.layout.block_bytes, self._store.hashing)
-        self._importers = await asyncio.to_thread(Importers, config, self.name, self._store.view, self._identity)
+        self._importers = await asyncio.to_thread(Importers, config, self.name, self._store, self._identity)
         over = config.backend if config.path == BACKEND else f"path {config.path}"
         _log.info("decode agent %s imports KV over %s", self.name, over)
 

@@ -23,8 +23,6 @@ from pdstack.transfer.store import BlockStore, Hashes
 from pdstack.transfer.transport import Transport
 
 _log = logging.getLogger(__name__)
-# What is read at once: other requests' reads from the same prefill come between.
-_BATCH_BYTES = 64 << 20
 # How long a read that was cut off may take to end before its blocks go into quarantine.
 _CUT_S = 2.0
 
@@ -68,7 +66,7 @@ class Fetch:
     async def receive(self, link: Link) -> None:
         """Over one link: read what is final, until all is, or the link is lost."""
         incoming = self.incoming
-        most = max(1, _BATCH_BYTES // self._tools.store.layout.block_bytes)
+        most = max(1, self._tools.store.batch_bytes // self._tools.store.layout.block_bytes)
         while not incoming.complete:
             incoming.changed.clear()
             try:

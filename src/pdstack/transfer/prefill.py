@@ -13,7 +13,7 @@ from typing import Any
 
 from pdstack.transfer.agent import TransferAgent
 from pdstack.transfer.audit import digest
-from pdstack.transfer.backends import Exporter, open_exporter
+from pdstack.transfer.backends import Exporter, NoExporter, open_exporter
 from pdstack.transfer.channel import MISSED_HEARTBEATS, Channel, accept, close_writer
 from pdstack.transfer.errors import ProtocolError, Refused, TicketError, TransferError
 from pdstack.transfer.exports import Export, ExportBook, OnRelease, Reader, announcements
@@ -32,7 +32,6 @@ class PrefillAgent(TransferAgent):
     """Exports KV. Created by :meth:`TransferAgent.create`."""
 
     role = Role.PREFILL
-    _exporter: Exporter
     _offers: Offers
     _server: asyncio.Server
 
@@ -46,12 +45,14 @@ class PrefillAgent(TransferAgent):
         self._channels: dict[object, Channel] = {}
         self._idle = asyncio.Event()
         self._idle.set()
-        self._exporter = await asyncio.to_thread(open_exporter, self.config.backend, self.name, self._store.view)
+        self._exporter: Exporter = NoExporter()
+        if self._store.kind == "host":
+            self._exporter = await asyncio.to_thread(open_exporter, self.config.backend, self.name, self._store.view)
         try:
             self._offers = await asyncio.to_thread(
                 Offers.open,
                 self.config.path,
-                self._pool,
+                self._store,
                 self._identity,
                 listen_host=self.config.listen_host,
                 advertise=self.config.advertise,
@@ -69,7 +70,8 @@ class PrefillAgent(TransferAgent):
             self._exporter.close()
             raise
         self.port: int = self._server.sockets[0].getsockname()[1]
-        over = ", ".join([self.config.backend, *self._offers.names])
+        backend = [self.config.backend] if self._store.kind == "host" else []
+        over = ", ".join([*backend, *self._offers.names])
         _log.info("prefill agent %s exports KV over %s, control port %d", self.name, over, self.port)
 
     def export(

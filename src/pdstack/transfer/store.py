@@ -28,6 +28,8 @@ class BlockStore(ABC):
 
     kind: str
     hashing: str
+    # What is read at once: other requests' reads from the same prefill come between.
+    batch_bytes = 64 << 20
 
     def __init__(self, layout: KVLayout, view: PoolView) -> None:
         self.layout, self.view = layout, view
@@ -45,6 +47,7 @@ class HostStore(BlockStore):
 
     def __init__(self, layout: KVLayout, pool: npt.NDArray[np.generic]) -> None:
         super().__init__(layout, check_pool(layout, pool))
+        self.pool = pool
         flat: Any = pool.view(np.uint8).reshape(pool.shape[0], -1)
         self._rows = flat
 
@@ -66,3 +69,15 @@ def fold(pieces: Hashes, block_bytes: int) -> Hashes:
         return pieces
     rows = pieces.astype("<u8").reshape(-1, each)
     return np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows], np.uint64)
+
+
+def store_of(layout: KVLayout, pool: Any) -> BlockStore:
+    """The store of a worker's pool: a numpy array, or a torch tensor in GPU memory (whose kernels are compiled now).
+
+    Raises :class:`LayoutMismatch`, :class:`BackendUnavailable`.
+    """
+    if isinstance(pool, np.ndarray):
+        return HostStore(layout, pool)
+    from pdstack.transfer.gpu.store import CudaStore  # which itself is a store
+
+    return CudaStore(layout, pool)

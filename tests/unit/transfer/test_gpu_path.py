@@ -6,17 +6,18 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdstack.transfer import ReadFailed
+from pdstack.transfer import KVLayout, LayoutMismatch, ReadFailed
+from pdstack.transfer.errors import PathUnavailable
 from pdstack.transfer.gpu import ipc
-from pdstack.transfer.gpu.store import is_tensor
+from pdstack.transfer.paths.base import paths_of
 from pdstack.transfer.paths.blocks import whole_blocks
 from pdstack.transfer.paths.gpu import GpuPeer
 from pdstack.transfer.plan import blocks, merge
+from pdstack.transfer.store import store_of
 
 HERE = ipc.Place(boot=ipc.boot(), pid_namespace="pid:[1]", pid=10, gpu="a" * 32, mig=False)
 
@@ -55,5 +56,19 @@ def test_other_metadata_is_refused(metadata: bytes) -> None:
     assert refused.value.code == "read_failed"
 
 
-def test_an_array_is_no_tensor() -> None:
-    assert not is_tensor(np.zeros(3))
+@pytest.mark.parametrize("pool", [b"bytes", [1, 2]])
+def test_a_pool_is_an_array_or_a_tensor(pool: Any) -> None:
+    with pytest.raises(LayoutMismatch, match="wanted a numpy array or a torch tensor"):
+        store_of(KVLayout(1, 1, 1, 1, 8), pool)
+
+
+def test_a_path_is_of_one_kind_of_pool() -> None:
+    assert paths_of("auto", "cuda") == ("cuda_ipc", "staged")
+    assert paths_of("staged", "cuda") == ("staged",)
+    assert "cuda_ipc" not in paths_of("auto")
+    with pytest.raises(
+        PathUnavailable, match="'shared' and the KV pool lies in GPU memory, wanted auto or one of"
+    ):
+        paths_of("shared", "cuda")
+    with pytest.raises(PathUnavailable, match="'cuda_ipc' and the KV pool lies in host memory"):
+        paths_of("cuda_ipc")

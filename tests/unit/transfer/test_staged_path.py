@@ -25,14 +25,20 @@ from pdstack.transfer.paths.sockets import connect, receive_frame
 from pdstack.transfer.paths.staged import StagedExporter, StagedPeer
 from pdstack.transfer.plan import blocks as block_plan
 from pdstack.transfer.roles import Role
+from pdstack.transfer.store import HostStore
 from pdstack.transfer.wire import encode
 
 SIZE, COUNT, SLOT = 4096, 300, 16 * 4096
 CARRIERS = ("shared", "cma", "stream")
 
 
-def memory(slots: int) -> Any:
-    return allocate_pool(KVLayout(slots * SLOT // 2, 1, 1, 1, 1, "uint8"), "auto").reshape(-1)
+def memory(slots: int) -> HostStore:
+    layout = KVLayout(slots, 1, 1, 1, SLOT // 2, "uint8")
+    return HostStore(layout, allocate_pool(layout, "auto"))
+
+
+def stage(pool: Any, store: HostStore) -> NumpyStage:
+    return NumpyStage(pool, store.pool.reshape(-1).view(np.uint8), SLOT)
 
 
 class Both:
@@ -43,8 +49,8 @@ class Both:
         self.source = rng.integers(0, 256, (COUNT, SIZE), dtype=np.uint8)
         self.target = rng.integers(0, 256, (COUNT, SIZE), dtype=np.uint8)
         staging = memory(slots)
-        self.prefill = NumpyStage(self.source, staging, SLOT)
-        self.decode = NumpyStage(self.target, memory(slots), SLOT)
+        self.prefill = stage(self.source, staging)
+        self.decode = stage(self.target, memory(slots))
         prefill = identity(Role.PREFILL)
         carriers = Offers.open("auto", staging, prefill, listen_host="127.0.0.1", advertise="127.0.0.1", patience_s=5)
         self.exporter = StagedExporter(

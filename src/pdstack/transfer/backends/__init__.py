@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from pdstack.transfer.backends.base import BACKENDS, Exporter, Importer, Peer, open_exporter, open_importer
+from pdstack.transfer.backends.base import BACKENDS, Exporter, Importer, NoExporter, Peer, open_exporter, open_importer
 
-__all__ = ["BACKENDS", "Exporter", "Importer", "Peer", "open_exporter", "open_importer"]
+__all__ = ["BACKENDS", "Exporter", "Importer", "NoExporter", "Peer", "open_exporter", "open_importer"]

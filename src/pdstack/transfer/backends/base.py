@@ -41,6 +41,20 @@ class Exporter(ABC):
         """Unregister the pool. No peer can read it afterwards."""
 
 
+class NoExporter(Exporter):
+    """Of a pool that no backend reads: one in GPU memory, which has paths of its own."""
+
+    def metadata(self) -> bytes:
+        """Nothing."""
+        return b""
+
+    def tend(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
 class Peer(ABC):
     """Decode's connection to one exporter. One thread at a time, except :meth:`abort`."""
 

@@ -19,17 +19,14 @@ from pdstack.transfer.plan import Offsets
 from pdstack.transfer.store import BlockStore, Hashes
 
 
-def is_tensor(pool: Any) -> bool:
-    """Whether `pool` is a torch tensor; torch itself is not imported to find that out."""
-    return hasattr(pool, "data_ptr") and hasattr(pool, "is_cuda")
-
-
 def check_tensor(layout: KVLayout, pool: Any) -> copy.Pool:
     """Check that a tensor is the pool that `layout` says and that kernels can use it in place.
 
     Raises :class:`LayoutMismatch`. numpy has no bfloat16: a layout of an unsigned dtype of the same size ("uint16")
     stands for any dtype of the tensor, if both workers' layouts say the same.
     """
+    if not hasattr(pool, "data_ptr"):
+        raise LayoutMismatch(f"the KV pool is a {type(pool).__name__}, wanted a numpy array or a torch tensor")
     dtype = str(pool.dtype).removeprefix("torch.")
     wanted = np.dtype(layout.dtype)
     alike = dtype == wanted.name or (wanted.kind == "u" and pool.element_size() == wanted.itemsize)
@@ -55,6 +52,8 @@ class CudaStore(BlockStore):
 
     kind = "cuda"
     hashing = checksum.NAME
+    # A read within a GPU takes a millisecond a GiB: more than that is the way through the agent.
+    batch_bytes = 1 << 30
 
     def __init__(self, layout: KVLayout, pool: Any) -> None:
         self.pool = check_tensor(layout, pool)

@@ -10,22 +10,33 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from pdstack.transfer.errors import ReadFailed
+from pdstack.transfer.errors import PathUnavailable, ReadFailed
 from pdstack.transfer.plan import Offsets, Plan
 from pdstack.transfer.store import Hashes
 
-# The own paths. What `transfer.path` may be: the backend alone, one of the paths, or the best of all that connect.
+# The own paths of pools in host memory, and those of pools in GPU memory. What `transfer.path` may be: the backend
+# alone, one of the paths, or the best of all that connect.
 PATHS = ("shared", "cma", "stream")
+GPU_PATHS = ("cuda_ipc", "staged")
 BACKEND, AUTO = "backend", "auto"
-CHOICES = (BACKEND, *PATHS, AUTO)
+CHOICES = (BACKEND, *PATHS, *GPU_PATHS, AUTO)
 # In which order ``auto`` tries them where nothing was measured: fastest first on one host (benchmarks/kv_paths.py), and
 # between hosts the backend before plain TCP, because it may have RDMA.
 ORDER = ("shared", "cma", BACKEND, "stream")
 
 
-def paths_of(choice: str) -> tuple[str, ...]:
-    """The paths, and the backend, that a choice allows, in the order in which they are tried."""
-    return ORDER if choice == AUTO else (choice,)
+def paths_of(choice: str, kind: str = "host") -> tuple[str, ...]:
+    """The paths, and the backend, that a choice allows, in the order in which they are tried.
+
+    `kind` is that of the pool (`BlockStore.kind`). Raises :class:`PathUnavailable` for a choice of the other kind.
+    """
+    order = GPU_PATHS if kind == "cuda" else ORDER
+    if choice != AUTO and choice not in order:
+        where = "GPU memory" if kind == "cuda" else "host memory"
+        raise PathUnavailable(
+            f"kv_transfer_path is {choice!r} and the KV pool lies in {where}, wanted auto or one of {', '.join(order)}"
+        )
+    return order if choice == AUTO else (choice,)
 
 
 class Region(NamedTuple):

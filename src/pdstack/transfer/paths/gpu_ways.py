@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -11,10 +12,11 @@ import numpy as np
 
 from pdstack.transfer.backends.base import Exporter, Peer
 from pdstack.transfer.channel import Identity
+from pdstack.transfer.errors import ReadFailed, TransferError
 from pdstack.transfer.gpu.staging import PinnedStage
 from pdstack.transfer.gpu.store import CudaStore
 from pdstack.transfer.layout import KVLayout, allocate_pool
-from pdstack.transfer.paths.base import PathPeer
+from pdstack.transfer.paths.base import AUTO, BACKEND, PathPeer
 from pdstack.transfer.paths.blocks import BlockPeer
 from pdstack.transfer.paths.cma import CmaPeer
 from pdstack.transfer.paths.gpu import GpuExporter, GpuPeer
@@ -24,56 +26,63 @@ from pdstack.transfer.paths.shared import SharedPeer
 from pdstack.transfer.paths.stage import SLOT_BYTES, SLOTS
 from pdstack.transfer.paths.staged import StagedExporter, StagedPeer
 from pdstack.transfer.paths.stream import StreamPeer
-from pdstack.transfer.store import Hashes
+from pdstack.transfer.store import BlockStore, Hashes, HostStore
 from pdstack.transfer.transport import Transport
 
 _log = logging.getLogger(__name__)
 
 
-def _stage(store: CudaStore, path: str) -> PinnedStage:
+def _cuda(store: BlockStore) -> CudaStore:
+    if not isinstance(store, CudaStore):
+        raise TypeError(f"a {type(store).__name__} has none of the GPU's ways")
+    return store
+
+
+def _stage(store: CudaStore, path: str) -> tuple[PinnedStage, HostStore]:
     """Slots for a store, each of whole blocks, in memory that `path` (see `allocate_pool`) needs."""
     size = store.view.block_bytes
     slot_bytes = max(SLOT_BYTES // size, 1) * size
-    pool = allocate_pool(KVLayout(SLOTS, 1, 1, 1, slot_bytes // 2, "uint8"), path)
-    return PinnedStage(store, pool.reshape(-1).view(np.uint8), slot_bytes)
+    slots = KVLayout(SLOTS, 1, 1, 1, slot_bytes // 2, "uint8")
+    memory = allocate_pool(slots, path)
+    return PinnedStage(store, memory.reshape(-1).view(np.uint8), slot_bytes), HostStore(slots, memory)
 
 
 def exporters(
-    store: CudaStore,
+    store: BlockStore,
     identity: Identity,
-    *,
     listen_host: str,
+    stream_port: int,
+    shared_directory: str,
+    *,
     advertise: str,
     patience_s: float,
-    stream_port: int = 0,
 ) -> dict[str, Callable[[], Exporter]]:
     """How prefill opens each path. `staged` listens at the port after `stream_port`, which is its carrier's."""
+    own = _cuda(store)
 
     def staged() -> Exporter:
-        stage = _stage(store, "auto")
-        try:
+        with contextlib.ExitStack() as undo:
+            stage, memory = _stage(own, AUTO)
+            undo.callback(stage.close)
             carriers = Offers.open(
-                "auto",
-                stage.array,
+                AUTO,
+                memory,
                 identity,
                 listen_host=listen_host,
                 advertise=advertise,
                 patience_s=patience_s,
+                stream_port=stream_port,
+                shared_directory=shared_directory,
             )
-        except BaseException:
-            stage.close()
-            raise
-        try:
+            undo.callback(carriers.close)
             port = stream_port + 1 if stream_port else 0
-            return StagedExporter(
+            exporter = StagedExporter(
                 stage, carriers, identity, listen_host, port, advertise=advertise, patience_s=patience_s
             )
-        except BaseException:
-            carriers.close()
-            stage.close()
-            raise
+            undo.pop_all()  # they are the exporter's now
+            return exporter
 
-    return {"cuda_ipc": lambda: GpuExporter(store), "staged": staged}
+    return {"cuda_ipc": lambda: GpuExporter(own), "staged": staged}
 
 
 class GpuReader(PathReader):
@@ -89,14 +98,21 @@ class GpuReader(PathReader):
 
     def read_blocks(self, remote: Sequence[int], local: Sequence[int]) -> Hashes | None:
         """See the base class: the hashes come with the copy."""
-        return self._blocks.read_blocks(np.array(remote, np.int64), np.array(local, np.int64))
+        try:
+            return self._blocks.read_blocks(np.array(remote, np.int64), np.array(local, np.int64))
+        except ReadFailed:
+            raise
+        except TransferError as error:
+            # Frames that were altered, or a pool smaller than described: the connection is worth nothing any more.
+            about = f"the read over path {self._blocks.name} failed: {error}"
+            raise ReadFailed(about, code=error.code) from error
 
 
 class GpuWays:
     """How decode connects over each path. The staging memory of all peers together is made when it is first needed."""
 
-    def __init__(self, store: CudaStore, identity: Identity, patience_s: float) -> None:
-        self._store, self._identity, self._patience_s = store, identity, patience_s
+    def __init__(self, store: BlockStore, identity: Identity, patience_s: float) -> None:
+        self._store, self._identity, self._patience_s = _cuda(store), identity, patience_s
         self._lock = threading.Lock()
         self._landing: PinnedStage | None = None
         self.makers: dict[str, Callable[[bytes], Peer]] = {"cuda_ipc": self._mapped, "staged": self._staged}
@@ -107,7 +123,7 @@ class GpuWays:
     def _staged(self, metadata: bytes) -> Peer:
         with self._lock:
             if self._landing is None:
-                self._landing = _stage(self._store, "backend")
+                self._landing, _ = _stage(self._store, BACKEND)
             stage = self._landing
         carriers: dict[str, Callable[[bytes], PathPeer]] = {
             "shared": partial(SharedPeer, target=stage.region),

@@ -7,17 +7,15 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from pdstack.transfer.backends.base import Exporter
 from pdstack.transfer.channel import Identity
 from pdstack.transfer.errors import PathUnavailable, ProtocolError, TransferError
-from pdstack.transfer.paths.base import AUTO, BACKEND, PATHS, Region, paths_of
+from pdstack.transfer.paths.base import AUTO, BACKEND, GPU_PATHS, PATHS, Region, paths_of
 from pdstack.transfer.paths.cma import CmaExporter
 from pdstack.transfer.paths.pools import shared_pool
 from pdstack.transfer.paths.shared import SharedExporter
 from pdstack.transfer.paths.stream import StreamExporter
+from pdstack.transfer.store import BlockStore, HostStore
 
 _log = logging.getLogger(__name__)
 # What a path's metadata may measure; they are a few hundred bytes of JSON.
@@ -34,7 +32,7 @@ class Offers:
     def open(
         cls,
         path: str,
-        pool: npt.NDArray[np.generic],
+        store: BlockStore,
         identity: Identity,
         *,
         listen_host: str,
@@ -48,15 +46,23 @@ class Offers:
         Raises :class:`PathUnavailable` if the named path cannot be offered; with ``auto`` each one that cannot is
         logged with its reason, and the backend is left. `patience_s`: how long a stream waits for a silent reader.
         """
-        makers: dict[str, Callable[[], Exporter]] = {
-            "shared": lambda: SharedExporter(shared_pool(pool), shared_directory or None),
-            "cma": lambda: CmaExporter(Region.of(pool)),
-            "stream": lambda: StreamExporter(
-                Region.of(pool), identity, listen_host, stream_port, advertise=advertise, patience_s=patience_s
-            ),
-        }
+        if isinstance(store, HostStore):
+            region = Region.of(store.pool)
+            makers: dict[str, Callable[[], Exporter]] = {
+                "shared": lambda: SharedExporter(shared_pool(store.pool), shared_directory or None),
+                "cma": lambda: CmaExporter(region),
+                "stream": lambda: StreamExporter(
+                    region, identity, listen_host, stream_port, advertise=advertise, patience_s=patience_s
+                ),
+            }
+        else:
+            from pdstack.transfer.paths import gpu_ways  # which builds on this module
+
+            makers = gpu_ways.exporters(
+                store, identity, listen_host, stream_port, shared_directory, advertise=advertise, patience_s=patience_s
+            )
         exporters: dict[str, Exporter] = {}
-        for name in paths_of(path):
+        for name in paths_of(path, store.kind):
             if name == BACKEND:
                 continue
             try:
@@ -100,7 +106,7 @@ def read_offers(value: Any, who: str) -> dict[str, bytes]:
     if not isinstance(value, dict):
         raise ProtocolError(f"{who}'s paths are {type(value).__name__}, wanted an object")
     offers = {}
-    for name in PATHS:
+    for name in (*PATHS, *GPU_PATHS):
         if name not in value:
             continue
         blob = value[name]

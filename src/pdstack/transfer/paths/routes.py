@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pdstack.transfer.backends.base import Importer, Peer, open_importer
+from pdstack.transfer.backends.base import Peer, open_importer
 from pdstack.transfer.channel import Identity
 from pdstack.transfer.choice import Change, Choice
 from pdstack.transfer.errors import PathUnavailable, ReadFailed, TransferError
-from pdstack.transfer.layout import PoolView, Run
+from pdstack.transfer.layout import Run
 from pdstack.transfer.paths.base import AUTO, BACKEND, PathPeer, Region, paths_of
 from pdstack.transfer.paths.cma import CmaPeer
 from pdstack.transfer.paths.shared import SharedPeer
 from pdstack.transfer.paths.stream import StreamPeer
 from pdstack.transfer.plan import Plan, blocks, ranges
-from pdstack.transfer.store import Hashes, fold
+from pdstack.transfer.store import BlockStore, Hashes, fold
 from pdstack.transfer.transport import Transport
 
 if TYPE_CHECKING:
@@ -42,23 +42,38 @@ class Importers:
     Opening blocks. Raises :class:`BackendUnavailable` if only the backend may be used and it cannot.
     """
 
-    def __init__(self, config: TransferConfig, name: str, pool: PoolView, identity: Identity) -> None:
-        self._config, self._pool = config, pool
-        self._backend: Importer | None = None
+    def __init__(self, config: TransferConfig, name: str, store: BlockStore, identity: Identity) -> None:
+        self._config, self._pool = config, store.view
+        self._allowed = paths_of(config.path, store.kind)
+        self._closers: list[Callable[[], None]] = []
+        self._makers: dict[str, Callable[[bytes], Peer]]
+        if store.kind == "cuda":
+            from pdstack.transfer.paths.gpu_ways import GpuWays  # which builds on this module
+
+            ways = GpuWays(store, identity, config.read_timeout_s)
+            self._makers = ways.makers
+            self._closers.append(ways.close)
+        else:
+            self._makers = self._host(name, identity)
+
+    def _host(self, name: str, identity: Identity) -> dict[str, Callable[[bytes], Peer]]:
+        config, pool = self._config, self._pool
         target, patience_s = Region(pool.address, pool.nbytes), config.read_timeout_s
-        self._makers: dict[str, Callable[[bytes], Peer]] = {
+        makers: dict[str, Callable[[bytes], Peer]] = {
             "shared": lambda metadata: self._reader(SharedPeer(metadata, target)),
             "cma": lambda metadata: self._reader(CmaPeer(metadata, target)),
             "stream": lambda metadata: self._reader(StreamPeer(metadata, target, identity, patience_s=patience_s)),
         }
-        if BACKEND in paths_of(config.path):
+        if BACKEND in self._allowed:
             try:
-                self._backend = open_importer(config.backend, name, pool)
-                self._makers[BACKEND] = self._backend.connect
+                backend = open_importer(config.backend, name, pool)
+                makers[BACKEND] = backend.connect
+                self._closers.append(backend.close)
             except TransferError as error:
                 if config.path != AUTO:
                     raise
                 _log.warning("KV is not read over %s: %s", config.backend, error)
+        return makers
 
     def _reader(self, peer: PathPeer) -> PathReader:
         return PathReader(peer, self._pool.block_bytes)
@@ -69,7 +84,7 @@ class Importers:
         Each refusal is logged with its reason. Raises :class:`PathUnavailable` with all of them if no way is left, or
         the error itself where there is only one: a named path never falls back to another.
         """
-        allowed = paths_of(self._config.path)
+        allowed = self._allowed
         measured = [name for name in self._config.order.get(who, ()) if name in allowed]
         names = measured + [name for name in allowed if name not in measured]
         missing = [name for name in names if name not in offers or name not in self._makers]
@@ -88,9 +103,9 @@ class Importers:
         return routes
 
     def close(self) -> None:
-        """Unregister the pool with the backend. All routes must be closed before."""
-        if self._backend is not None:
-            self._backend.close()
+        """Unregister the pool with the backend, or free staging memory. All routes must be closed before."""
+        for close in self._closers:
+            close()
 
 
 class Routes:
