@@ -24,10 +24,11 @@ HASH_UNIT = 256 << 10
 
 
 class BlockStore(ABC):
-    """The blocks of one pool. `hashing` names the function: ends that name different ones cannot compare."""
+    """The blocks of `pool`, an array or a tensor. `hashing` names the function: ends must name the same to compare."""
 
     kind: str
     hashing: str
+    pool: Any
     # What is read at once: other requests' reads from the same prefill come between.
     batch_bytes = 64 << 20
 

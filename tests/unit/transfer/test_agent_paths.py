@@ -20,6 +20,7 @@ from pdstack.transfer.layout import allocate_pool
 from pdstack.transfer.paths import PATHS, Offers, read_offers
 from pdstack.transfer.paths.base import paths_of
 from pdstack.transfer.paths.pools import shared_pool
+from pdstack.transfer.store import HostStore
 
 # Blocks of 512 KiB, 128 MiB in all: long enough for prefill to be ended in the middle of reading them.
 LARGE = {**LAYOUT, "num_layers": 32}
@@ -208,7 +209,9 @@ def test_a_shared_pool_is_found_from_any_view_of_its_array() -> None:
 
 
 def offer(path: str, pool: Any) -> Offers:
-    return Offers.open(path, pool, IDENTITY, listen_host="127.0.0.1", advertise="localhost", patience_s=1.0)
+    return Offers.open(
+        path, HostStore(SMALL, pool), IDENTITY, listen_host="127.0.0.1", advertise="localhost", patience_s=1.0
+    )
 
 
 def test_private_memory_is_not_offered_as_shared(caplog: pytest.LogCaptureFixture) -> None:

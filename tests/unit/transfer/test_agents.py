@@ -212,7 +212,7 @@ async def test_fetch_moves_blocks_and_frees_them(pair: Pair) -> None:
     report = await pair.decode.fetch(pair.export(), [5, 6])
     await until(lambda: pair.released == [("r", "read")])
     assert (report.bytes, report.descriptors, report.transport) == (2 * LAYOUT.block_bytes, 1, "memory")
-    pool: Any = pair.decode._pool
+    pool: Any = pair.decode._store.pool
     assert pool[5:7].all()
     assert pool.sum() == pool[5:7].size
     assert pair.decode.stats()["bytes"] == report.bytes
@@ -315,7 +315,7 @@ async def test_a_failed_read_frees_and_the_blocks_may_be_reused(pair: Pair) -> N
 @in_pair()
 async def test_changed_blocks_are_noticed(pair: Pair) -> None:
     ticket = pair.export()
-    pool: Any = pair.prefill._pool
+    pool: Any = pair.prefill._store.pool
     pool[2].reshape(-1)[3] = 5.0
     await refused(pair, ticket, "checksum", ChecksumMismatch)
     await until(lambda: pair.released == [("r", "failed")])

@@ -23,7 +23,7 @@ def started(pair: Pair, blocks: Sequence[int] = (1, 2, 3), request: str = "r") -
 
 
 def arrived(pair: Pair, block: int) -> bool:
-    pool: Any = pair.decode._pool
+    pool: Any = pair.decode._store.pool
     return bool(pool[block].all())
 
 
@@ -171,7 +171,7 @@ async def test_no_more_is_announced_than_the_window_allows(pair: Pair) -> None:
 
 @in_pair()
 async def test_blocks_that_decode_holds_are_compared_and_not_moved(pair: Pair) -> None:
-    pool: Any = pair.decode._pool
+    pool: Any = pair.decode._store.pool
     pool[5] = 1.0  # as prefill's
     read = counting(pair.backend)
     report = await pair.decode.fetch(pair.export("r", [1, 2]), [5, 6], held=1)

@@ -66,9 +66,7 @@ def test_a_path_is_of_one_kind_of_pool() -> None:
     assert paths_of("auto", "cuda") == ("cuda_ipc", "staged")
     assert paths_of("staged", "cuda") == ("staged",)
     assert "cuda_ipc" not in paths_of("auto")
-    with pytest.raises(
-        PathUnavailable, match="'shared' and the KV pool lies in GPU memory, wanted auto or one of"
-    ):
+    with pytest.raises(PathUnavailable, match="'shared' and the KV pool lies in GPU memory, wanted auto or one of"):
         paths_of("shared", "cuda")
     with pytest.raises(PathUnavailable, match="'cuda_ipc' and the KV pool lies in host memory"):
         paths_of("cuda_ipc")

@@ -73,7 +73,7 @@ class PinnedStage(Stage):
 
     def _gather(self, blocks: Offsets, slot: int) -> None:
         numbers = copy.table(blocks, self.num_blocks, "staged")
-        copy.gather(self._store.pool, numbers, self.block_bytes, self._slot(slot), checksum=False)
+        copy.gather(self._store.memory, numbers, self.block_bytes, self._slot(slot), checksum=False)
 
     def scatter(self, slot: int, blocks: Offsets) -> Callable[[], Hashes]:
         """See the base class. The hashes are of what the kernel read from the slot."""
@@ -83,7 +83,7 @@ class PinnedStage(Stage):
     def _scatter(self, slot: int, blocks: Offsets) -> Any:
         numbers = copy.table(blocks, self.num_blocks, "local", unique=True)
         size = self.block_bytes
-        return copy.scatter(self._slot(slot), self._store.pool, numbers, size, checksum=True, first=None)
+        return copy.scatter(self._slot(slot), self._store.memory, numbers, size, checksum=True, first=None)
 
     def finish(self) -> None:
         """See the base class."""

@@ -56,16 +56,16 @@ class CudaStore(BlockStore):
     batch_bytes = 1 << 30
 
     def __init__(self, layout: KVLayout, pool: Any) -> None:
-        self.pool = check_tensor(layout, pool)
-        super().__init__(layout, PoolView(self.pool.address, layout.block_bytes, layout.num_blocks))
+        self.memory = check_tensor(layout, pool)
+        super().__init__(layout, PoolView(self.memory.address, layout.block_bytes, layout.num_blocks))
         self.ordinal: int = pool.device.index or 0
-        self._tensor = pool  # so that the memory stays
+        self.pool = pool
         self._lane, self._board, self._lock = Lane(self.ordinal), Board(self.ordinal), threading.Lock()
         self._lane.run(self._warm, "its kernels were made ready")
 
     def _warm(self) -> None:
         size = self.layout.block_bytes
-        scratch = gpu().torch.zeros(2 * size, dtype=gpu().torch.uint8, device=self._tensor.device)
+        scratch = gpu().torch.zeros(2 * size, dtype=gpu().torch.uint8, device=self.pool.device)
         own = copy.pool_of(scratch)
         first, second = copy.table([0], 1, "scratch"), copy.table([1], 2, "scratch")
         copy.sum_blocks(own, first, size, first=None)
@@ -84,4 +84,4 @@ class CudaStore(BlockStore):
     def _sum(self, blocks: Sequence[int] | Offsets) -> None:
         self._board.begin(len(blocks))
         numbers = copy.table(blocks, self.layout.num_blocks, "hashed", board=self._board)
-        self._board.fetch(copy.sum_blocks(self.pool, numbers, self.layout.block_bytes, first=None))
+        self._board.fetch(copy.sum_blocks(self.memory, numbers, self.layout.block_bytes, first=None))

@@ -96,7 +96,7 @@ class GpuPeer(BlockPeer):
         board.begin(len(sources) + len(targets))
         theirs = copy.table(sources, self._source.nbytes // size, "prefill's", board=board)
         ours = copy.table(targets, self._store.view.num_blocks, "local", unique=True, board=board)
-        sums = copy.copy_blocks(self._source, self._store.pool, theirs, ours, size, checksum=checksum, first=None)
+        sums = copy.copy_blocks(self._source, self._store.memory, theirs, ours, size, checksum=checksum, first=None)
         if checksum:
             board.fetch(sums)
 
