@@ -199,8 +199,8 @@ class End:
         await self.agent.close()
 
 
-async def serve(pipe: Connection) -> None:
-    end = End(pipe.recv())
+async def serve(pipe: Connection, kind: type[End] = End) -> None:
+    end = kind(pipe.recv())
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()
     loop.add_reader(pipe.fileno(), ready.set)

@@ -17,13 +17,14 @@ KEY = "0123456789abcdef0123456789abcdef"
 LAYOUT = {"num_blocks": 256, "num_layers": 4, "block_size": 16, "num_kv_heads": 4, "head_dim": 32, "model_id": "t"}
 SAME_HOST = {"UCX_TLS": "tcp,cma,self", "UCX_NET_DEVICES": "lo"}
 TCP = {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "lo"}
-_AGENT = Path(__file__).with_name("agent_process.py")
 _SOURCE = Path(__file__).parents[3] / "src"
 _PATIENCE_S = 60.0
 
 
 class Agent:
-    """One agent process. `call` runs a method of `agent_process.End` there."""
+    """One agent process. `call` runs a method of `agent_process.End` there, or of what `script` serves."""
+
+    script = Path(__file__).with_name("agent_process.py")
 
     def __init__(
         self,
@@ -42,7 +43,7 @@ class Agent:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("UCX_")}
         with Listener(authkey=auth.encode()) as listener:
             self.process = subprocess.Popen(
-                [sys.executable, str(_AGENT), str(listener.address), self.name],
+                [sys.executable, str(self.script), str(listener.address), self.name],
                 env={
                     **clean,
                     **(SAME_HOST if environment is None else environment),

@@ -16,7 +16,7 @@ from pdstack.transfer.errors import ReadFailed, TransferError
 from pdstack.transfer.gpu.staging import PinnedStage
 from pdstack.transfer.gpu.store import CudaStore
 from pdstack.transfer.layout import KVLayout, allocate_pool
-from pdstack.transfer.paths.base import AUTO, BACKEND, PathPeer
+from pdstack.transfer.paths.base import AUTO, BACKEND, PATHS, PathPeer
 from pdstack.transfer.paths.blocks import BlockPeer
 from pdstack.transfer.paths.cma import CmaPeer
 from pdstack.transfer.paths.gpu import GpuExporter, GpuPeer
@@ -30,6 +30,8 @@ from pdstack.transfer.store import BlockStore, Hashes, HostStore
 from pdstack.transfer.transport import Transport
 
 _log = logging.getLogger(__name__)
+# The host paths that staged goes over, best first.
+CARRIERS = PATHS
 
 
 def _cuda(store: BlockStore) -> CudaStore:
@@ -125,11 +127,12 @@ class GpuWays:
             if self._landing is None:
                 self._landing, _ = _stage(self._store, BACKEND)
             stage = self._landing
-        carriers: dict[str, Callable[[bytes], PathPeer]] = {
+        makers: dict[str, Callable[[bytes], PathPeer]] = {
             "shared": partial(SharedPeer, target=stage.region),
             "cma": partial(CmaPeer, target=stage.region),
             "stream": partial(StreamPeer, target=stage.region, identity=self._identity, patience_s=self._patience_s),
         }
+        carriers = {name: makers[name] for name in CARRIERS}
         peer = StagedPeer(metadata, stage, self._identity, carriers, self._patience_s)
         _log.info("prefill's GPU blocks come through host memory, over %s", peer.carrier)
         return GpuReader(peer, f"gathered into host memory, over {peer.carrier}, and scattered")
