@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -137,6 +139,32 @@ def test_prefill_is_lost_in_the_middle_of_reads(path: str, how: signal.Signals) 
         assert np.array_equal(pool_of(made.decode)[target], content("prefill")[source])
     finally:
         made.end()
+
+
+class Contained(GpuAgent):
+    """Process 1 of a PID namespace of its own, as in a container."""
+
+    wrapper = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare")
+def test_two_containers_whose_processes_have_one_number_take_the_path_staged() -> None:
+    """The driver does not map memory between them (`gpu.ipc`); auto finds that out and goes on."""
+    prefill, decode = Contained("prefill"), Contained("decode")
+    source, target = tables(6)
+    report = decode.call("fetch", prefill.call("export", "c", source), target)
+    assert (report.get("error"), report["transport"]) == (None, "staged")
+    assert "over shared" in report["transport_detail"]
+    assert np.array_equal(pool_of(decode)[target], content("prefill")[source])
+    prefill.abandon()
+    decode.abandon()
+    alone = Contained("decode", path="cuda_ipc")
+    prefill = Contained("prefill", path="cuda_ipc")
+    report = alone.call("fetch", prefill.call("export", "d", source), target)
+    assert (report["error"], report["code"]) == ("PathUnavailable", "path_unavailable")
+    assert "--pid=host" in report["text"]
+    prefill.abandon()
+    alone.abandon()
 
 
 def test_host_memory_and_gpu_memory_are_not_mixed() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from path_pair import identity
 
 from pdstack.transfer.errors import ReadFailed
 from pdstack.transfer.paths import Region
@@ -25,6 +26,7 @@ from pdstack.transfer.qualify.measure import (
     case,
     fill,
     measure,
+    open_reader,
     values,
     wrong_blocks,
 )
@@ -168,3 +170,8 @@ def test_a_stream_that_ends_is_an_error(server: StreamServer) -> None:
 def test_a_copy_longer_than_its_buffers_is_refused() -> None:
     with pytest.raises(ValueError, match="the buffers have 4096"):
         Copy(4096).run(4097)
+
+
+def test_a_gpu_path_wants_a_gpu_pool() -> None:
+    with pytest.raises(ValueError, match="reads into GPU memory"):
+        open_reader("cuda_ipc", b"", np.zeros(4096, np.uint8), 4096, identity())

@@ -8,6 +8,7 @@ import pytest
 
 from pdstack.transfer.config import TransferConfig
 from pdstack.transfer.keys import ClusterKey
+from pdstack.transfer.paths.base import GPU_PATHS
 from pdstack.transfer.qualify.order import USUAL, order, unusual
 
 
@@ -20,12 +21,13 @@ from pdstack.transfer.qualify.order import USUAL, order, unusual
         ({"shared": 2.0, "cma": 1.0, "backend": 0.5, "stream": 3.0}, ("backend", "cma", "shared", "stream")),
         ({"cma": 1.0, "stream": 5.0}, ("cma", "stream")),
         ({"backend": 3.0, "stream": 1.0}, ("stream", "backend")),
+        ({"staged": 9.0, "cuda_ipc": 1.0}, ("cuda_ipc", "staged")),
         ({}, ()),
     ],
 )
 def test_order(seconds: dict[str, float], wanted: tuple[str, ...]) -> None:
     assert order(seconds) == wanted
-    assert unusual(wanted) is (list(wanted) != [path for path in USUAL if path in wanted])
+    assert unusual(wanted) is (list(wanted) != [path for path in (*USUAL, *GPU_PATHS) if path in wanted])
 
 
 def test_noise_below_a_tenth_changes_nothing() -> None:

@@ -238,6 +238,9 @@ def test_an_end_that_cannot_start_is_named() -> None:
         ["--local", "--sizes", "12"],
         [*SMALL, "--bytes", "5000"],
         [*SMALL, "--bytes", "x"],
+        [*SMALL, "--memory", "gpu", "--path", "shared"],
+        [*SMALL, "--path", "staged"],
+        ["--local", "--memory", "gpu", "--sizes", "4104"],
     ],
 )
 def test_a_wrong_command_line_is_exit_2(words: list[str]) -> None:

@@ -25,6 +25,7 @@ class Agent:
     """One agent process. `call` runs a method of `agent_process.End` there, or of what `script` serves."""
 
     script = Path(__file__).with_name("agent_process.py")
+    wrapper: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class Agent:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("UCX_")}
         with Listener(authkey=auth.encode()) as listener:
             self.process = subprocess.Popen(
-                [sys.executable, str(self.script), str(listener.address), self.name],
+                [*self.wrapper, sys.executable, str(self.script), str(listener.address), self.name],
                 env={
                     **clean,
                     **(SAME_HOST if environment is None else environment),

@@ -122,7 +122,8 @@ class GpuWays:
     def _mapped(self, metadata: bytes) -> Peer:
         return GpuReader(GpuPeer(metadata, self._store), "one kernel from prefill's GPU pool, mapped by CUDA IPC")
 
-    def _staged(self, metadata: bytes) -> Peer:
+    def staged(self, metadata: bytes) -> StagedPeer:
+        """A peer over the path staged. Raises :class:`ReadFailed`."""
         with self._lock:
             if self._landing is None:
                 self._landing, _ = _stage(self._store, BACKEND)
@@ -133,7 +134,10 @@ class GpuWays:
             "stream": partial(StreamPeer, target=stage.region, identity=self._identity, patience_s=self._patience_s),
         }
         carriers = {name: makers[name] for name in CARRIERS}
-        peer = StagedPeer(metadata, stage, self._identity, carriers, self._patience_s)
+        return StagedPeer(metadata, stage, self._identity, carriers, self._patience_s)
+
+    def _staged(self, metadata: bytes) -> Peer:
+        peer = self.staged(metadata)
         _log.info("prefill's GPU blocks come through host memory, over %s", peer.carrier)
         return GpuReader(peer, f"gathered into host memory, over {peer.carrier}, and scattered")
 

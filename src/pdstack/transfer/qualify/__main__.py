@@ -14,8 +14,10 @@ from pdstack.transfer.errors import AuthenticationFailed
 from pdstack.transfer.keys import ClusterKey
 from pdstack.transfer.paths import AUTO
 from pdstack.transfer.paths import PATHS as OWN_PATHS
+from pdstack.transfer.paths.base import GPU_PATHS
 from pdstack.transfer.qualify.control import Wish, qualify
 from pdstack.transfer.qualify.ends import EndFailed
+from pdstack.transfer.qualify.gpu import GRANULE
 from pdstack.transfer.qualify.measure import PATHS
 from pdstack.transfer.qualify.model import block_bytes
 from pdstack.transfer.qualify.order import MARGIN, USUAL
@@ -67,6 +69,12 @@ def arguments() -> argparse.ArgumentParser:
         default="both",
         help="with auto: the backend; both: measure the libraries too, but take none (default both)",
     )
+    parser.add_argument(
+        "--memory",
+        choices=("host", "gpu"),
+        default="host",
+        help="where the KV pools lie; gpu: auto measures cuda_ipc and staged, memcpy is a copy within decode's GPU",
+    )
     what = parser.add_mutually_exclusive_group()
     sizes = [4 << 10, 32 << 10, 128 << 10, 2 << 20]
     what.add_argument(
@@ -114,7 +122,14 @@ def main(words: list[str] | None = None) -> int:
     if options.bytes % _PAGE or any(size < 8 or size % 8 or size > options.bytes for size in sizes):
         parser.error(f"--bytes must be a multiple of {_PAGE}, and --sizes multiples of 8 that are not larger")
     paths: tuple[str, ...] = (options.path,)
-    if options.path == AUTO:
+    gpu = options.memory == "gpu"
+    if options.path != AUTO and gpu != (options.path in GPU_PATHS):
+        parser.error(f"--path {options.path} is not one of --memory {options.memory}")
+    if gpu and any(size % GRANULE for size in sizes):
+        parser.error(f"--sizes must be multiples of {GRANULE} with --memory gpu")
+    if options.path == AUTO and gpu:
+        paths = GPU_PATHS
+    elif options.path == AUTO:
         paths = OWN_PATHS + {"both": BACKENDS, "none": ()}.get(options.backend, (options.backend,))
     wish = Wish(paths, tuple(sorted(set(sizes))), options.bytes, options.rounds, options.timeout)
     backend = options.backend if options.backend in BACKENDS else ""

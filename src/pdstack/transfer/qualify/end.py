@@ -32,6 +32,7 @@ from pdstack.transfer.errors import TransferError
 from pdstack.transfer.keys import ClusterKey
 from pdstack.transfer.layout import KVLayout, PoolView, allocate_pool
 from pdstack.transfer.paths import CmaExporter, Region, SharedExporter, SharedPool, StreamExporter
+from pdstack.transfer.qualify import gpu
 from pdstack.transfer.qualify.facts import observe
 from pdstack.transfer.qualify.limits import Address, Copy, Stream, StreamServer
 from pdstack.transfer.qualify.listen import serve
@@ -50,6 +51,9 @@ def private_pool(nbytes: int) -> Bytes:
 class Prefill:
     """Its pools, filled with what decode will look for, and an exporter for each path that can be."""
 
+    metadata: dict[str, str]
+    refused: dict[str, str]
+
     def __init__(self, request: dict[str, Any]) -> None:
         nbytes, self._owner, host = int(request["nbytes"]), int(request["owner"]), str(request["host"])
         stream_port, limit_port = (int(port) for port in request.get("ports", (0, 0)))
@@ -58,6 +62,11 @@ class Prefill:
         )
         self._kept: list[Any] = []
         self._pages = ""
+        if gpu.wanted(request["paths"]):
+            made = gpu.Prefill(request["paths"], nbytes, self._owner, identity, host, [stream_port, limit_port])
+            self._kept.append(made)
+            self.metadata, self.refused, self.limit = made.metadata, made.refused, made.limit
+            return
         pool = private_pool(nbytes)
         fill(pool, self._owner)
         region = Region.of(pool)
@@ -68,8 +77,8 @@ class Prefill:
             "stream": lambda: StreamExporter(region, identity, host, stream_port),
         }
         openers |= {name: partial(open_exporter, name, identity.name, view) for name in BACKENDS}
-        self.metadata: dict[str, str] = {}
-        self.refused: dict[str, str] = {}
+        self.metadata = {}
+        self.refused = {}
         for path in request["paths"]:
             try:
                 exporter = openers[path]()
@@ -102,8 +111,13 @@ class Decode:
         self._identity = Identity(
             str(request["name"]), "1", Role.DECODE, _AUDIENCE, ClusterKey(str(request["key"]).encode())
         )
-        self._pool = private_pool(int(request["nbytes"]))
-        self._copy = Copy(len(self._pool) // 2)
+        nbytes = int(request["nbytes"])
+        # Where the plain stream arrives: sockets know host memory only.
+        self._host = private_pool(nbytes)
+        self._pool: Any = self._host
+        if gpu.wanted(request.get("paths")):
+            self._pool = gpu.GpuPool(nbytes)
+        self._copy = Copy(nbytes // 2) if self._pool is self._host else gpu.GpuCopy(nbytes // 2)
 
     def opened(self) -> dict[str, Any]:
         """The answer to "open"."""
@@ -120,7 +134,7 @@ class Decode:
             with contextlib.ExitStack() as stack:
                 reader = open_reader(path, metadata, self._pool, gcd(*sizes), self._identity)
                 stack.callback(reader.close)
-                stream = Stream(Address(*request["limit"]), Region.of(self._pool))
+                stream = Stream(Address(*request["limit"]), Region.of(self._host))
                 stack.callback(stream.close)
                 limits = {"memcpy": self._copy, "socket": stream}
                 return measure(path, reader, self._pool, cases, owner, int(request["rounds"]), limits)

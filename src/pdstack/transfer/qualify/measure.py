@@ -23,10 +23,11 @@ from pdstack.transfer.errors import TransferError
 from pdstack.transfer.layout import PoolView, Run
 from pdstack.transfer.paths import PATHS as OWN_PATHS
 from pdstack.transfer.paths import CmaPeer, PathPeer, Region, SharedPeer, StreamPeer
+from pdstack.transfer.paths.base import GPU_PATHS
 from pdstack.transfer.plan import Plan, blocks
 from pdstack.transfer.transport import Transport
 
-PATHS = (*OWN_PATHS, *BACKENDS)
+PATHS = (*OWN_PATHS, *GPU_PATHS, *BACKENDS)
 Bytes = npt.NDArray[np.uint8]
 # Of decode's pool before a read that is checked; no word of prefill's is made of it for all places at once.
 _UNTOUCHED = 0xA5
@@ -152,8 +153,14 @@ class _BackendReader(Reader):
         self._done()
 
 
-def open_reader(path: str, metadata: bytes, pool: Bytes, granule: int, identity: Identity) -> Reader:
+def open_reader(path: str, metadata: bytes, pool: Any, granule: int, identity: Identity) -> Reader:
     """Connect. `granule` divides every extent that will be read. Raises what the path raises."""
+    if path in GPU_PATHS:
+        from pdstack.transfer.qualify.gpu import GpuPool, GpuReader  # which builds on this module
+
+        if not isinstance(pool, GpuPool):
+            raise ValueError(f"path {path} reads into GPU memory: ask the ends for its paths alone")
+        return GpuReader(path, metadata, pool, identity)
     region = Region.of(pool)
     if path == "shared":
         return _OwnReader(SharedPeer(metadata, region))
@@ -207,7 +214,7 @@ def wrong_blocks(pool: Bytes, case: Case, owner: int) -> int:
 
 
 def measure(
-    path: str, reader: Reader, pool: Bytes, cases: Sequence[Case], owner: int, rounds: int, limits: Mapping[str, Any]
+    path: str, reader: Reader, pool: Any, cases: Sequence[Case], owner: int, rounds: int, limits: Mapping[str, Any]
 ) -> Measured:
     """Check, then time, each case. In each round the limits run next to the path, so a slow minute slows them all.
 

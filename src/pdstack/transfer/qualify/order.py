@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pdstack.transfer.paths import BACKEND
+from pdstack.transfer.paths.base import GPU_PATHS
 
 # Fastest first as a rule (benchmarks/kv_paths.py); how ``auto`` tries them where nothing was measured.
 USUAL = ("shared", "cma", BACKEND, "stream")
+# No pair has paths of both kinds.
+_USUAL = (*USUAL, *GPU_PATHS)
 MARGIN = 1.1
 
 
@@ -20,7 +23,7 @@ def order(seconds: Mapping[str, float]) -> tuple[str, ...]:
 
     Repeatedly the first of the usual order, or the fastest of those left if it is faster by :data:`MARGIN`.
     """
-    left = [path for path in USUAL if path in seconds]
+    left = [path for path in _USUAL if path in seconds]
     found = []
     while left:
         fastest = min(left, key=lambda path: seconds[path])
@@ -32,4 +35,4 @@ def order(seconds: Mapping[str, float]) -> tuple[str, ...]:
 
 def unusual(paths: tuple[str, ...]) -> bool:
     """True if agents would not find this order by themselves: they pass over paths that do not work."""
-    return paths != tuple(path for path in USUAL if path in paths)
+    return paths != tuple(path for path in _USUAL if path in paths)
