@@ -46,6 +46,36 @@ def test_thousands_of_pieces_arrive_where_they_belong_through_a_narrow_socket() 
     assert np.array_equal(source, target)
 
 
+@pytest.mark.parametrize("at_once", [2, 5000, 1 << 20])
+def test_a_patient_receiver_sleeps_through_crumbs_and_still_gets_the_last_of_them(at_once: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = socket.create_connection(server.getsockname())
+        far, _ = server.accept()
+    source = np.random.default_rng(1).integers(0, 255, 200_000, np.uint8)
+    target = np.zeros_like(source)
+    begins, sizes = np.arange(200) * 1000, np.full(200, 1000)
+    vectors = vectored.vectors_of(target.ctypes.data, begins, sizes)
+    asked: list[int] = []
+
+    class Watched(socket.socket):
+        def setsockopt(self, *args: object) -> None:  # type: ignore[override]
+            asked.append(args[-1])  # type: ignore[arg-type]
+            super().setsockopt(*args)  # type: ignore[call-overload]
+
+    watched = Watched(fileno=far.detach())
+    thread = threading.Thread(target=vectored.receive, args=(watched, vectors, at_once))
+    thread.start()
+    for part in np.array_split(source, 300):
+        near.sendall(part.tobytes())
+    thread.join(10)
+    assert not thread.is_alive()
+    assert np.array_equal(source, target)
+    assert asked == ([at_once, 1] if at_once < len(source) else [])
+    assert watched.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1
+    near.close()
+    watched.close()
+
+
 def test_a_closed_peer_and_a_closed_socket_are_told() -> None:
     near, far = socket.socketpair()
     memory = np.zeros(10, np.uint8)

@@ -5,7 +5,7 @@ socket; each header is a signed frame in sequence. One read, on each socket::
 
     decode  -> frame {"type": "read", "extents": n, "digest"}   n x (source offset, bytes), little-endian int64
     prefill -> frame {"type": "data", "extents": k, "hash"}     the bytes of the next k extents
-               ... until all n have come
+               ... until all n have come (at once, where nothing is hashed)
 
 ``digest`` is the request's SHA-256 and ``hash`` the XXH3-64 over the extents' own XXH3-64, both inside signed frames.
 One request is on the way while another is answered. Neither side holds more than two requests and one group of
@@ -47,13 +47,16 @@ from pdstack.transfer.wire import Message, Seal, encode
 
 _log = logging.getLogger(__name__)
 STREAMS = 2
-# A request fits the socket buffers of both ends, so that two of them never make both ends wait for each other.
-_MAX_EXTENTS = 2048
+# Two calls answer a request, and two requests fit the socket buffers: else both ends could wait for each other.
+_MAX_EXTENTS = 2 * (vectored.MAX_VECTORS - 1)
 _MAX_REQUEST = 64 << 20
 # One call's vectors, less one for the header; and what is hashed before it is sent, while it is in the cache.
 _MAX_VECTORS = vectored.MAX_VECTORS - 1
 _GROUP = 2 << 20
-_UNHASHED_GROUP = 16 << 20
+# Decode's threads sleep until so much has come. And so much is on the way between two ends of one host: then the cache
+# still holds what prefill's copy wrote when decode's reads it. On a network the kernel's own choice is better.
+_AT_ONCE = 64 << 10
+_NEAR_BUFFER = 256 << 10
 _MAX_HEADER = 4096
 _MAX_CONNECTIONS = 64
 _ENDED = (OSError, EOFError)
@@ -66,6 +69,12 @@ def _count(message: Message, kind: str, most: int) -> int:
             f"the peer sent {message['type']!r:.40} of {number!r:.20} extents, wanted {kind!r} of 1 to {most}"
         )
     return number
+
+
+def _narrow(sock: socket.socket) -> None:
+    if sock.getsockname()[0] == sock.getpeername()[0]:
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, _NEAR_BUFFER)
 
 
 def _group_hash(hashes: Hashes) -> str:
@@ -129,6 +138,7 @@ class StreamExporter(Exporter):
     def _converse(self, sock: socket.socket) -> None:
         try:
             tune(sock, HANDSHAKE_S)
+            _narrow(sock)
             seal = accept(sock, self._identity)
             tune(sock, self._patience_s)
             while True:
@@ -160,7 +170,7 @@ class StreamExporter(Exporter):
             raise ProtocolError("a read is larger than one request may be")
         hashed = message.get("checksum") is True
         begin = 0
-        for end in _group_ends(nbytes, _GROUP if hashed else _UNHASHED_GROUP):
+        for end in _group_ends(nbytes, _GROUP) if hashed else [number]:
             mine = slice(begin, end)
             header: dict[str, Any] = {"type": "data", "extents": end - begin}
             if hashed:
@@ -208,14 +218,15 @@ class StreamPeer(PathPeer):
         try:
             for _ in range(streams):
                 sock = socket.create_connection(where, HANDSHAKE_S)
-                sock.settimeout(None)
-                tune(sock, HANDSHAKE_S)
                 try:
+                    sock.settimeout(None)
+                    tune(sock, HANDSHAKE_S)
+                    _narrow(sock)
                     self._ends.append((sock, connect(sock, identity)))
+                    tune(sock, patience_s)
                 except BaseException:
                     sock.close()
                     raise
-                tune(sock, patience_s)
         except _ENDED as error:
             self.close()
             raise ReadFailed(
@@ -237,12 +248,12 @@ class StreamPeer(PathPeer):
         # Equal shares of bytes: each socket takes one contiguous part of the pieces.
         marks = np.searchsorted(np.cumsum(pieces.nbytes), np.arange(1, len(ends)) * (pieces.total / len(ends)))
         edges = [0, *marks.tolist(), len(pieces)]
-        shares = [
-            self._pool.submit(self._take, sock, seal, pieces, slice(begin, end), hashes)
-            for (sock, seal), begin, end in zip(ends, edges[:-1], edges[1:], strict=True)
-            if end > begin
-        ]
-        errors = [error for share in shares if (error := share.exception()) is not None]
+        parts = [(*end, pieces, slice(*edge), hashes) for end, edge in zip(ends, pairwise(edges), strict=True)]
+        shares = [part for part in parts if part[3].stop > part[3].start]
+        # The calling thread takes one share itself: that saves a change of threads.
+        others = [self._pool.submit(self._take, *share) for share in shares[1:]]
+        ended = [self._take(*share) for share in shares[:1]] + [other.result() for other in others]
+        errors = [error for error in ended if error is not None]
         if not errors:
             return hashes
         # The share that failed first cut off the others, whose own errors say no more than that.
@@ -259,7 +270,10 @@ class StreamPeer(PathPeer):
             raise ReadFailed(f"the read over the KV stream {why}") from first
         raise first
 
-    def _take(self, sock: socket.socket, seal: Seal, pieces: Plan, mine: slice, hashes: Hashes | None) -> None:
+    def _take(
+        self, sock: socket.socket, seal: Seal, pieces: Plan, mine: slice, hashes: Hashes | None
+    ) -> BaseException | None:
+        """Read one share; an error is returned, because the other shares have to end before it may be raised."""
         try:
             waiting: deque[slice] = deque()
             for request in _requests(pieces.nbytes, mine):
@@ -269,9 +283,10 @@ class StreamPeer(PathPeer):
                     self._fill(sock, seal, pieces, waiting.popleft(), hashes)
             while waiting:
                 self._fill(sock, seal, pieces, waiting.popleft(), hashes)
-        except BaseException:
+        except BaseException as error:
             self._cut()  # the other sockets' shares are worth nothing now, so they need not be waited for
-            raise
+            return error
+        return None
 
     @staticmethod
     def _ask(sock: socket.socket, seal: Seal, pieces: Plan, request: slice, checksum: bool) -> None:
@@ -284,9 +299,9 @@ class StreamPeer(PathPeer):
         begin = request.start
         while begin < request.stop:
             message = seal.check(receive_frame(sock, _MAX_HEADER))
-            end = begin + _count(message, "data", min(_MAX_VECTORS, request.stop - begin))
+            end = begin + _count(message, "data", request.stop - begin)
             offsets, nbytes = pieces.target[begin:end], pieces.nbytes[begin:end]
-            vectored.receive(sock, vectored.vectors_of(self._target.address, offsets, nbytes))
+            vectored.receive(sock, vectored.vectors_of(self._target.address, offsets, nbytes), _AT_ONCE)
             if hashes is not None:
                 hashes[begin:end] = hash_pieces(self._memory, offsets, nbytes)
                 if message.get("hash") != _group_hash(hashes[begin:end]):
