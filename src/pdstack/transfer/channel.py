@@ -29,6 +29,8 @@ HANDSHAKE_S = 5.0
 _REFUSALS = ("role", "audience")
 # A peer that says nothing for this many heartbeats is taken for gone.
 MISSED_HEARTBEATS = 5
+# What may wait for a peer to read it.
+MAX_UNREAD = 4 * MAX_FRAME
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,12 @@ class Channel:
         self.peer = peer
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Queue a message; frames leave in the order of the calls. A dead connection shows when receiving."""
+        """Queue a message; frames leave in the order of the calls. A dead connection shows when receiving.
+
+        One whose peer does not read is ended: what it asks for would pile up here.
+        """
+        if self._writer.transport.get_write_buffer_size() > MAX_UNREAD:
+            self._writer.transport.abort()
         self._writer.write(encode(self._seal.sign(message), MAX_FRAME))
 
     async def receive(self, timeout_s: float) -> Message:

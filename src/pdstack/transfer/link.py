@@ -93,8 +93,11 @@ class Link:
         if message["type"] != "describe":
             raise ProtocolError(f"{self.name} sent {message['type']!r:.40}, wanted 'describe'")
         expected.check(message, self.name)
+        number = message.get("num_blocks")
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ProtocolError(f"{self.name} has {number!r:.40} blocks, wanted a whole number")
+        self.num_blocks = number
         try:
-            self.num_blocks = int(message["num_blocks"])
             metadata = b64decode(message["metadata"], validate=True)
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"{self.name}'s description cannot be read: {error}") from None
@@ -121,7 +124,11 @@ class Link:
             raise
         if answer["type"] != "granted":
             self.end(incoming)
-            raise Refused(f"{self.name} refused: {answer.get('reason')!s:.300}", code=f"{answer.get('code')!s:.40}")
+            # Codes become labels of metrics, which take no more than these characters.
+            code = f"{answer.get('code')!s:.40}"
+            known = code.isascii() and code.replace("_", "a").isalnum()
+            reason = f"{self.name} refused: {answer.get('reason')!r:.300}"
+            raise Refused(reason, code=code if known else "refused")
 
     def end(self, incoming: Incoming) -> None:
         """What prefill still says about it is not wanted any more."""

@@ -25,6 +25,7 @@ from typing import Any
 
 from pdstack.transfer.errors import AuthenticationFailed, ProtocolError
 from pdstack.transfer.keys import ClusterKey
+from pdstack.transfer.metadata import read_json
 from pdstack.transfer.roles import Role
 
 VERSION = 2
@@ -60,8 +61,8 @@ def dump(message: Mapping[str, Any]) -> bytes:
 def parse(body: bytes) -> Message:
     """The message in a frame. Raises :class:`ProtocolError` unless it is a JSON object with a text ``type``."""
     try:
-        message = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        message = read_json(body)
+    except ValueError as error:
         raise ProtocolError(f"a frame of {len(body)} bytes is not JSON: {error}") from None
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise ProtocolError("a frame is not an object with a type")
@@ -92,9 +93,10 @@ class Greeting:
         values: dict[str, str] = {}
         for field in ("name", "incarnation", "role", "audience", "nonce"):
             value = message.get(field)
-            if not isinstance(value, str) or not 0 < len(value) <= _MAX_NAME:
+            # They go into logs and metrics as they are.
+            if not isinstance(value, str) or not 0 < len(value) <= _MAX_NAME or not value.isprintable():
                 raise ProtocolError(
-                    f"the peer's greeting has {field} {value!r:.40}, wanted 1 to {_MAX_NAME} characters"
+                    f"the peer's greeting has {field} {value!r:.40}, wanted 1 to {_MAX_NAME} printable characters"
                 )
             values[field] = value
         return cls(v=VERSION, **values)

@@ -28,6 +28,7 @@ import numpy as np
 from pdstack.transfer.backends.base import Exporter, Importer, LoggedPeer, Peer
 from pdstack.transfer.errors import BackendUnavailable, ReadFailed
 from pdstack.transfer.layout import PoolView, Run
+from pdstack.transfer.metadata import ADDRESS, BASE64, read_metadata
 from pdstack.transfer.transport import UcxLog
 
 PROGRESS_DELAY_US = 10_000
@@ -136,10 +137,10 @@ class NixlPeer(LoggedPeer):
         self._agent, self._pool = agent, pool
         self._handle: Any = None
         try:
-            values = json.loads(metadata)
-            self._base = int(values["base"])
+            values = read_metadata(metadata, "NIXL", base=ADDRESS, nixl=BASE64)
+            self._base = values["base"]
             self._registered = agent.register_memory([(pool.address, pool.nbytes, 0, "kv")], _MEMORY)
-            self._remote = agent.add_remote_agent(b64decode(values["nixl"]))
+            self._remote = agent.add_remote_agent(b64decode(values["nixl"], validate=True))
         except Exception as error:  # NIXL's errors share no base class but Exception
             self.close()
             raise ReadFailed(f"NIXL cannot connect to the peer: {error}") from error

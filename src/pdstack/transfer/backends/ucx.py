@@ -29,6 +29,7 @@ from pdstack.transfer.backends import ucp_binding as ucp
 from pdstack.transfer.backends.base import Exporter, Importer, LoggedPeer, Peer
 from pdstack.transfer.errors import ReadFailed
 from pdstack.transfer.layout import PoolView, Run
+from pdstack.transfer.metadata import ADDRESS, BASE64, read_metadata
 from pdstack.transfer.transport import UcxLog
 
 _log = logging.getLogger(__name__)
@@ -124,11 +125,11 @@ class UcxPeer(LoggedPeer):
         super().__init__(name, log)
         library = ucp.load()
         self._pool = pool
+        values = read_metadata(metadata, "UCX", base=ADDRESS, worker=BASE64, rkey=BASE64)
+        self._base = values["base"]
         try:
-            values = json.loads(metadata)
-            self._base = int(values["base"])
-            address, rkey = b64decode(values["worker"]), b64decode(values["rkey"])
-        except (ValueError, KeyError, TypeError) as error:
+            address, rkey = (b64decode(values[name], validate=True) for name in ("worker", "rkey"))
+        except ValueError as error:
             raise ReadFailed(f"the peer's UCX metadata cannot be read: {error}") from error
         self._context = ucp.Context(library, name)
         self._memory = ucp.Memory(self._context, pool.address, pool.nbytes, ucp.PROT_LOCAL_READ | ucp.PROT_LOCAL_WRITE)

@@ -17,10 +17,20 @@ import numpy as np
 
 from pdstack.transfer.backends.base import Exporter
 from pdstack.transfer.errors import ReadFailed
+from pdstack.transfer.metadata import ADDRESS, NBYTES, Kind, Text, Whole, read_metadata
 from pdstack.transfer.paths.base import PathPeer, Region
 from pdstack.transfer.paths.copying import THREADS, Mover, Vectors
 from pdstack.transfer.plan import Plan, merge
 from pdstack.transfer.store import Hashes
+
+_FIELDS: dict[str, Kind] = {
+    "pid": Whole(1, (1 << 31) - 1),
+    "started": Text(20),
+    "namespace": ADDRESS,
+    "boot": Text(36),
+    "base": ADDRESS,
+    "nbytes": NBYTES,
+}
 
 
 def _started(pid: int) -> str:
@@ -62,12 +72,9 @@ class CmaPeer(PathPeer):
     name = "cma"
 
     def __init__(self, metadata: bytes, target: Region, threads: int = THREADS) -> None:
-        try:
-            values = json.loads(metadata)
-            self._pid, started, namespace = int(values["pid"]), str(values["started"]), int(values["namespace"])
-            self._base, self._nbytes, boot = int(values["base"]), int(values["nbytes"]), str(values["boot"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ReadFailed(f"the peer's cma metadata cannot be read: {error}") from error
+        values = read_metadata(metadata, "cma", **_FIELDS)
+        self._pid, started, namespace = values["pid"], values["started"], values["namespace"]
+        self._base, self._nbytes, boot = values["base"], values["nbytes"], values["boot"]
         if boot != _boot():
             raise ReadFailed(
                 f"process {self._pid} runs on another host (boot id {boot:.36}, here {_boot()}): cma reads on one host "

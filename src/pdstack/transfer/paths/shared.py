@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from pdstack.transfer.backends.base import Exporter
 from pdstack.transfer.errors import BackendUnavailable, ReadFailed
+from pdstack.transfer.metadata import NBYTES, Text, read_metadata
 from pdstack.transfer.paths.base import PathPeer, Region
 from pdstack.transfer.paths.copying import THREADS, LocalCopy, Mover
 from pdstack.transfer.plan import Plan
@@ -265,18 +266,16 @@ class SharedExporter(Exporter):
 
 def receive(metadata: bytes) -> tuple[int, int]:
     """The read-only descriptor of a peer's pool, and its size. Raises :class:`ReadFailed`."""
-    try:
-        values = json.loads(metadata)
-        address, token, nbytes = str(values["socket"]), str(values["token"]), int(values["nbytes"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ReadFailed(f"the peer's metadata of its shared pool cannot be read: {error}") from error
+    # The name of an abstract socket begins with a zero byte.
+    values = read_metadata(metadata, "shared", socket=Text(107, also="\0"), token=Text(64), nbytes=NBYTES)
+    address, token, nbytes = values["socket"], values["token"], values["nbytes"]
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(_ANSWER_S)
             connection.connect(address)
             connection.sendall(token.encode())
             _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the middle of a file's name
         raise ReadFailed(
             f"the peer's shared pool cannot be opened: {error}; is the prefill worker on this host, and do both "
             "containers share the network namespace or the socket's directory?"

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import struct
+import time
 
-from pdstack.transfer.channel import Identity
+from pdstack.transfer.channel import HANDSHAKE_S, Identity
 from pdstack.transfer.errors import ProtocolError, Refused
 from pdstack.transfer.roles import Role
 from pdstack.transfer.wire import MAX_GREETING, Greeting, Handshake, Message, Seal, dump, encode, frame_length, parse
 
 
-def receive(sock: socket.socket, nbytes: int) -> bytes:
-    """So many bytes. Raises EOFError if the peer closed before they came."""
+def receive(sock: socket.socket, nbytes: int, until: float = math.inf) -> bytes:
+    """So many bytes. Raises EOFError if the peer closed before they came, BlockingIOError if it was silent.
+
+    `until`, by the monotonic clock, is for strangers: a socket's own limit begins anew with each of their bytes.
+    """
     data = b""
     while len(data) < nbytes:  # once, but for a peer that stops in the middle: then the next call says what it is
+        if time.monotonic() > until:
+            raise BlockingIOError("the peer was too slow")
         more = sock.recv(nbytes - len(data), socket.MSG_WAITALL)
         if not more:
             raise EOFError("the peer closed the stream")
@@ -22,9 +29,9 @@ def receive(sock: socket.socket, nbytes: int) -> bytes:
     return data
 
 
-def receive_frame(sock: socket.socket, limit: int) -> bytes:
-    """The content of the next frame, of at most `limit` bytes."""
-    return receive(sock, frame_length(receive(sock, 4), limit))
+def receive_frame(sock: socket.socket, limit: int, until: float = math.inf) -> bytes:
+    """The content of the next frame, of at most `limit` bytes; see :func:`receive`."""
+    return receive(sock, frame_length(receive(sock, 4, until), limit), until)
 
 
 def _send_plain(sock: socket.socket, message: Message) -> None:
@@ -32,7 +39,7 @@ def _send_plain(sock: socket.socket, message: Message) -> None:
 
 
 def _receive_plain(sock: socket.socket, kind: str) -> Message:
-    message = parse(receive_frame(sock, MAX_GREETING))
+    message = parse(receive_frame(sock, MAX_GREETING, time.monotonic() + HANDSHAKE_S))
     if message["type"] != kind:
         raise ProtocolError(f"the peer sent {message['type']!r:.40}, wanted {kind!r}")
     return message

@@ -31,6 +31,7 @@ import numpy as np
 from pdstack.transfer.backends.base import Exporter
 from pdstack.transfer.channel import HANDSHAKE_S, Identity
 from pdstack.transfer.errors import AuthenticationFailed, LayoutMismatch, ProtocolError, ReadFailed, TransferError
+from pdstack.transfer.metadata import NBYTES, Kind, Text, Texts, Whole, read_metadata
 from pdstack.transfer.paths.base import PathPeer, aborted
 from pdstack.transfer.paths.blocks import BlockPeer
 from pdstack.transfer.paths.sockets import accept, connect, receive, receive_frame, tune
@@ -44,6 +45,14 @@ _ASKED_AHEAD = 2
 _MAX_HEADER = 4096
 _MAX_CONNECTIONS = 64
 _ENDED = (OSError, EOFError)
+_FIELDS: dict[str, Kind] = {
+    "host": Text(255),
+    "port": Whole(1, 65535),
+    "blocks": NBYTES,
+    "slot_bytes": NBYTES,
+    "nbytes": NBYTES,
+    "carriers": Texts(8192),
+}
 
 
 class Carriers(Protocol):
@@ -227,13 +236,13 @@ class StagedPeer(BlockPeer):
         carriers: Mapping[str, Callable[[bytes], PathPeer]],
         patience_s: float = 20.0,
     ) -> None:
+        values = read_metadata(metadata, "staged", **_FIELDS)
+        where = (values["host"], values["port"])
+        self._num_blocks, self._their_slot = values["blocks"], values["slot_bytes"]
+        self._their_slots = values["nbytes"] // self._their_slot
         try:
-            values = json.loads(metadata)
-            where = (str(values["host"]), int(values["port"]))
-            self._num_blocks, self._their_slot = int(values["blocks"]), int(values["slot_bytes"])
-            self._their_slots = int(values["nbytes"]) // self._their_slot
-            offers = {str(name): b64decode(blob, validate=True) for name, blob in values["carriers"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+            offers = {name: b64decode(blob, validate=True) for name, blob in values["carriers"].items()}
+        except ValueError as error:
             raise ReadFailed(f"the peer's staged metadata cannot be read: {error}") from error
         self._stage, self.block_bytes = stage, stage.block_bytes
         self._patience_s = patience_s
@@ -247,7 +256,7 @@ class StagedPeer(BlockPeer):
             tune(self._sock, HANDSHAKE_S)
             self._seal = connect(self._sock, identity)
             tune(self._sock, patience_s)
-        except _ENDED as error:
+        except (*_ENDED, UnicodeError) as error:  # UnicodeError: not the name of a host
             self.close()
             raise ReadFailed(
                 f"no staging connection to {where[0]}:{where[1]}: {error}; is the port open between the hosts, and is "

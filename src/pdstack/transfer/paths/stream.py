@@ -38,6 +38,7 @@ from pdstack.transfer.errors import (
     ReadFailed,
     TransferError,
 )
+from pdstack.transfer.metadata import NBYTES, Text, Whole, read_metadata
 from pdstack.transfer.paths import vectored
 from pdstack.transfer.paths.base import PathPeer, Region, hash_pieces
 from pdstack.transfer.paths.sockets import accept, connect, receive, receive_frame, tune
@@ -204,12 +205,8 @@ class StreamPeer(PathPeer):
     def __init__(
         self, metadata: bytes, target: Region, identity: Identity, streams: int = STREAMS, patience_s: float = 20.0
     ) -> None:
-        try:
-            values = json.loads(metadata)
-            where = (str(values["host"]), int(values["port"]))
-            self._nbytes = int(values["nbytes"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ReadFailed(f"the peer's stream metadata cannot be read: {error}") from error
+        values = read_metadata(metadata, "stream", host=Text(255), port=Whole(1, 65535), nbytes=NBYTES)
+        where, self._nbytes = (values["host"], values["port"]), values["nbytes"]
         self._target, self._memory = target, target.bytes()
         self._patience_s = patience_s
         self._aborted = threading.Event()
@@ -227,7 +224,7 @@ class StreamPeer(PathPeer):
                 except BaseException:
                     sock.close()
                     raise
-        except _ENDED as error:
+        except (*_ENDED, UnicodeError) as error:  # UnicodeError: not the name of a host
             self.close()
             raise ReadFailed(
                 f"no KV stream to {where[0]}:{where[1]}: {error}; is the port open between the hosts, and is the "

@@ -99,7 +99,7 @@ class _Agent:
         if self._end is None or not self._end.alive:
             self.close()
             self._end = self._started()
-            self.opened = self._end.ask(self._request, _OPEN_S)
+            self.opened = _opened(self.place.name, self._end.ask(self._request, _OPEN_S))
         return self._end
 
     def _started(self) -> End | RemoteEnd:
@@ -123,6 +123,18 @@ class _Agent:
         end, self._end = self._end, None
         if end is not None:
             end.close()
+
+
+def _opened(name: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """What an end says of itself when it is opened, each part of its kind. Raises :class:`EndFailed`."""
+    try:
+        Facts.parse(answer.get("facts", {}))
+        for part in (answer.get("metadata", {}), answer.get("refused", {})):
+            if not isinstance(part, dict) or not all(isinstance(text, str) for text in part.values()):
+                raise ValueError("metadata or refusals that are not texts")
+    except ValueError as error:
+        raise EndFailed(f"{name} answered 'open' with something else: {error}") from error
+    return answer
 
 
 def qualify(
@@ -183,7 +195,11 @@ def _path(source: _Agent, target: _Agent, path: str, wish: Wish) -> Measured:
             return Measured(path, error=f"{source.place.name}: {why}")
         request = {"do": "measure", "path": path, "metadata": source.opened["metadata"][path], "owner": source.owner}
         request |= {"limit": source.opened["limit"], "sizes": wish.sizes, "rounds": wish.rounds}
-        return Measured.parse(end.ask(request, wish.timeout_s))
+        answer = end.ask(request, wish.timeout_s)
+        try:
+            return Measured.parse(answer)
+        except ValueError as error:
+            raise EndFailed(f"{target.place.name} answered 'measure' with something else: {error}") from error
     except EndFailed as error:
         source.check()
         return Measured(path, error=str(error))

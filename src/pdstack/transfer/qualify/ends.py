@@ -11,6 +11,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pdstack.transfer.metadata import read_json
+
+# Results are some ten KiB.
+_MAX_ANSWER = 8 << 20
+
 
 class EndFailed(RuntimeError):
     """An end died, was silent for too long, or refused a request. The message says which and why."""
@@ -20,6 +25,15 @@ def ended_how(code: int, asked: str) -> str:
     """How a process ended that was asked something: by its exit code, or minus the number of a signal."""
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
     return f"ended with {how} at {asked!r}: see its standard error"
+
+
+def answered(name: str, asked: str, answer: Any) -> dict[str, Any]:
+    """An end's answer, unless it is none, or says that it failed. Raises :class:`EndFailed`."""
+    if not isinstance(answer, dict):
+        raise EndFailed(f"{name} answered {asked!r} with {type(answer).__name__}, wanted an object")
+    if "failed" in answer:
+        raise EndFailed(f"{name} could not {asked}: {answer['failed']!s:.2000}")
+    return answer
 
 
 class End:
@@ -47,13 +61,18 @@ class End:
                 if not more:
                     raise BrokenPipeError
                 self._rest += more
+                if len(self._rest) > _MAX_ANSWER:
+                    self.close()
+                    raise EndFailed(f"{self.name} answered {request['do']!r} with more than {_MAX_ANSWER} bytes")
         except BrokenPipeError:
             raise EndFailed(f"{self.name} {ended_how(self._process.wait(), request['do'])}") from None
         line, self._rest = self._rest.split(b"\n", 1)
-        answer: dict[str, Any] = json.loads(line)
-        if "failed" in answer:
-            raise EndFailed(f"{self.name} could not {request['do']}: {answer['failed']}")
-        return answer
+        try:
+            answer = read_json(line)
+        except ValueError as error:
+            self.close()
+            raise EndFailed(f"{self.name} answered {request['do']!r} with what is not JSON: {error}") from None
+        return answered(self.name, request["do"], answer)
 
     @property
     def alive(self) -> bool:

@@ -20,6 +20,17 @@ from typing import Any
 _CAP_SYS_PTRACE, _CAP_IPC_LOCK = 19, 14
 
 
+def _fits(value: Any, kind: str) -> bool:
+    """True if a value from JSON is of this type, one of those that :class:`Facts` has."""
+    if kind.startswith("dict"):
+        inner = kind.removesuffix("]").rpartition(" ")[2]
+        return isinstance(value, dict) and all(_fits(each, inner) for each in value.values())
+    if value is None:
+        return kind.endswith("None")
+    types = {"str": str, "int": int, "bool": bool, "float": int | float}
+    return isinstance(value, types[kind.partition(" ")[0]]) and isinstance(value, bool) == (kind == "bool")
+
+
 @dataclass(frozen=True)
 class Facts:
     """One process's surroundings; None or empty where the kernel does not say. Sizes in bytes."""
@@ -50,8 +61,17 @@ class Facts:
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> Facts:
-        """From what :meth:`as_json` gave; fields that this version does not know are left out."""
-        return cls(**{name: value for name, value in values.items() if name in cls.__dataclass_fields__})
+        """From what :meth:`as_json` gave; fields that this version does not know are left out.
+
+        Raises ValueError for a field of another type.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"facts are {type(values).__name__}, wanted an object")
+        known = {name: each.type for name, each in cls.__dataclass_fields__.items() if name in values}
+        for name, kind in known.items():
+            if not _fits(values[name], str(kind)):
+                raise ValueError(f"{name} is {values[name]!r:.80}, wanted {kind}")
+        return cls(**{name: values[name] for name in known})
 
     def as_json(self) -> dict[str, Any]:
         """All fields."""

@@ -6,6 +6,7 @@ byte that it read, and every byte that it must not have written, without asking.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from abc import ABC, abstractmethod
@@ -56,6 +57,14 @@ class Spread(NamedTuple):
     high: float
 
     @classmethod
+    def parse(cls, values: Sequence[float]) -> Spread:
+        """From JSON. Raises ValueError or TypeError unless these are three finite numbers."""
+        spread = cls(*values)
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in spread):
+            raise ValueError(f"{values!r:.80} are not three numbers")
+        return spread
+
+    @classmethod
     def of(cls, found: Sequence[float]) -> Spread:
         """Of at least one value."""
         return cls(statistics.median(found), min(found), max(found))
@@ -91,19 +100,28 @@ class Measured:
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Measured:
-        """From what :func:`dataclasses.asdict` and JSON made of one."""
-        sizes = tuple(
-            Size(
-                int(size["block_bytes"]),
-                int(size["nbytes"]),
-                int(size["extents"]),
-                Spread(*size["gbps"]),
-                {name: Spread(*ratio) for name, ratio in size["ratios"].items()},
-                {name: Spread(*limit) for name, limit in size["limits"].items()},
+        """From what :func:`dataclasses.asdict` and JSON made of one. Raises ValueError for anything else."""
+        try:
+            sizes = tuple(
+                Size(
+                    int(size["block_bytes"]),
+                    int(size["nbytes"]),
+                    int(size["extents"]),
+                    Spread.parse(size["gbps"]),
+                    {name: Spread.parse(ratio) for name, ratio in size["ratios"].items()},
+                    {name: Spread.parse(limit) for name, limit in size["limits"].items()},
+                )
+                for size in values["sizes"]
             )
-            for size in values["sizes"]
-        )
-        return cls(values["path"], values["transport"], values["detail"], values["wrong"], values["error"], sizes)
+            texts = [values[name] for name in ("path", "transport", "detail")]
+            wrong, error = values["wrong"], values["error"]
+        except (KeyError, TypeError, AttributeError, OverflowError) as reason:
+            raise ValueError(f"this is no measurement: {type(reason).__name__}: {reason}") from None
+        if not all(isinstance(text, str) for text in texts) or not isinstance(error, str | None):
+            raise ValueError("a measurement has something else than text where text belongs")
+        if not isinstance(wrong, int):
+            raise ValueError(f"a measurement has {wrong!r:.40} wrong blocks")
+        return cls(texts[0], texts[1], texts[2], wrong, error, sizes)
 
 
 class Reader(ABC):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pdstack.transfer.channel import Channel, connect
 from pdstack.transfer.errors import PeerUnreachable, TransferError
 from pdstack.transfer.keys import ClusterKey
-from pdstack.transfer.qualify.ends import EndFailed, ended_how
+from pdstack.transfer.qualify.ends import EndFailed, answered, ended_how
 from pdstack.transfer.qualify.listen import identity
 from pdstack.transfer.roles import Role
 
@@ -83,11 +83,9 @@ class RemoteEnd:
             raise EndFailed(f"{self.name} {said}") from error
         if message["type"] != "answer":
             self.close()
-            raise EndFailed(f"{self.name} {ended_how(int(message['code']), request['do'])}")
-        answer: dict[str, Any] = message["answer"]
-        if "failed" in answer:
-            raise EndFailed(f"{self.name} could not {request['do']}: {answer['failed']}")
-        return answer
+            code = message.get("code")
+            raise EndFailed(f"{self.name} {ended_how(code if isinstance(code, int) else 1, request['do'])}")
+        return answered(self.name, request["do"], message.get("answer"))
 
     @property
     def alive(self) -> bool:
