@@ -15,7 +15,7 @@ from pdstack.transfer.choice import Change
 from pdstack.transfer.config import TransferConfig
 from pdstack.transfer.errors import ChecksumMismatch, PeerUnreachable, ReadFailed, ReadTimeout, TransferError
 from pdstack.transfer.incoming import Incoming
-from pdstack.transfer.layout import plan_runs
+from pdstack.transfer.layout import count_runs
 from pdstack.transfer.link import Link
 from pdstack.transfer.metrics import TransferMetrics
 from pdstack.transfer.paths import BACKEND
@@ -43,6 +43,7 @@ class _Outcome(NamedTuple):
     read_seconds: float
     checksum_seconds: float
     transport: Transport
+    descriptors: int
 
     @property
     def seconds(self) -> float:
@@ -187,7 +188,7 @@ class Fetch:
             break
         nbytes = len(places) * self._tools.store.layout.block_bytes
         self.blocks += len(places)
-        self.descriptors += len(plan_runs(remote, local))
+        self.descriptors += outcome.descriptors
         self.read_seconds += outcome.read_seconds
         self.checksum_seconds += outcome.checksum_seconds
         self.carried[path] = self.carried.get(path, 0) + nbytes
@@ -238,10 +239,9 @@ class Fetch:
         if hashes is None:
             hashes = self._tools.store.hashes(local)
             end = time.perf_counter()
-        transport = peer.transport(
-            max(run.blocks for run in plan_runs(remote, local)) * self._tools.store.layout.block_bytes
-        )
-        return _Outcome(hashes, read - start, end - read, transport)
+        runs, longest = count_runs(remote, local)
+        transport = peer.transport(longest * self._tools.store.layout.block_bytes)
+        return _Outcome(hashes, read - start, end - read, transport, runs)
 
     def _changed(self, link: Link, change: Change) -> None:
         """Another way is in use: never silently."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 from pdstack.transfer.errors import ProtocolError
 from pdstack.transfer.store import Hashes
@@ -78,5 +79,5 @@ class Incoming:
         return self.first_token is not None and all(self._verified)
 
 
-def _are_hashes(values: list[object]) -> bool:
-    return all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 64 for value in values)
+def _are_hashes(values: list[Any]) -> bool:
+    return set(map(type, values)) <= {int} and min(values, default=0) >= 0 and max(values, default=0) < 1 << 64

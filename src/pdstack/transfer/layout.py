@@ -8,7 +8,7 @@ import logging
 import mmap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -88,20 +88,27 @@ def plan_runs(remote: Sequence[int], local: Sequence[int]) -> list[Run]:
         raise ValueError(f"{len(remote)} remote blocks for {len(local)} local blocks, wanted equal numbers")
     if len(set(local)) != len(local):
         raise ValueError("a local block is named twice: two reads would write the same memory")
-    runs: list[Run] = []
-    for source, target in zip(remote, local, strict=True):
-        if runs:
-            last = runs[-1]
-            if source == last.remote + last.blocks and target == last.local + last.blocks:
-                runs[-1] = Run(last.remote, last.local, last.blocks + 1)
-                continue
-        runs.append(Run(source, target, 1))
-    return runs
+    there, here = np.array(remote, np.int64), np.array(local, np.int64)
+    starts, counts = _runs(there, here)
+    return [Run(*row) for row in zip(there[starts].tolist(), here[starts].tolist(), counts.tolist(), strict=True)]
+
+
+def count_runs(remote: Sequence[int], local: Sequence[int]) -> tuple[int, int]:
+    """How many runs :func:`plan_runs` makes of these pairs, and the blocks of the longest; without making them."""
+    _, counts = _runs(np.array(remote, np.int64), np.array(local, np.int64))
+    return len(counts), int(counts.max(initial=0))
+
+
+def _runs(remote: npt.NDArray[np.int64], local: npt.NDArray[np.int64]) -> tuple[Any, Any]:
+    """Where runs start, and how many blocks each has."""
+    follows = (np.diff(remote) == 1) & (np.diff(local) == 1)
+    starts = np.flatnonzero(np.concatenate((np.ones(min(1, len(remote)), bool), ~follows)))
+    return starts, np.diff(starts, append=len(remote))
 
 
 def check_blocks(blocks: Sequence[int], num_blocks: int, what: str) -> None:
     """Raise ValueError unless every block is a number inside the pool."""
-    for block in blocks:
+    for block in (min(blocks, default=0), max(blocks, default=0)):
         if not 0 <= block < num_blocks:
             raise ValueError(f"{what} block {block} is outside the pool, which has blocks 0 to {num_blocks - 1}")
 
