@@ -152,7 +152,7 @@ class Bench:
         stage = NumpyStage(self.shared.array.reshape(-1, 4096), staging, NBYTES // 2)
         here = NumpyStage(np.zeros((64, 4096), np.uint8), np.zeros(NBYTES, np.uint8), NBYTES // 2)
         host = "127.0.0.1"
-        carriers = Offers.open("cma", staging, prefill, listen_host=host, advertise=host, patience_s=1)
+        carriers = Offers({"cma": CmaExporter(Region.of(staging))})
         self.importers = {name: open_importer(name, "fuzz", view) for name in ("ucx", "nixl")}
         self.exporters: dict[str, Any] = {
             "shared": SharedExporter(self.shared),
