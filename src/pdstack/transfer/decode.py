@@ -29,6 +29,8 @@ _PARKED_S = 2.0
 _MAX_PARKED = 16
 # Between two attempts to connect again, and how often one fetch may lose its link.
 _RECONNECT_S = 0.1
+# A connection that fails sooner than this was broken; one that fails later was not answered.
+_BROKEN_S = 1.0
 _MAX_RESUMES = 20
 
 
@@ -107,13 +109,15 @@ class DecodeAgent(TransferAgent):
     async def _open(self, incoming: Incoming) -> Link:
         """The link to the ticket's worker, with prefill's leave to read over it."""
         for last in (False, True):
-            link = await self._link(incoming.ticket)
-            check_blocks(incoming.ticket.blocks, link.num_blocks, f"{incoming.ticket.worker}'s")
+            began = time.monotonic()
             try:
+                link = await self._link(incoming.ticket)
+                check_blocks(incoming.ticket.blocks, link.num_blocks, f"{incoming.ticket.worker}'s")
                 await link.begin(incoming)
-            except PeerUnreachable:
-                # A link that was lost while nothing went over it is noticed only now.
-                if last or not link.lost.done():
+            except PeerUnreachable as error:
+                # A link that was lost while nothing went over it is noticed only now; one that breaks while it is made
+                # is made once more. A peer that is gone, or silent, is not asked again.
+                if last or error.gone or time.monotonic() - began > _BROKEN_S:
                     raise
             else:
                 break
