@@ -16,7 +16,7 @@ from pdstack.deploy import fabrics, services
 from pdstack.deploy.services import KEY_FILE, Spec
 from pdstack.deploy.topology import CONFIG_MOUNT, Topology, Worker, bracketed, container_name
 
-AGENTS_FILE, EARLIER_FILE = "agents.json", "earlier.json"
+AGENTS_FILE = "agents.json"
 # What a kept measurement must be to be compared with (pdstack.transfer.qualify.result.FORMAT).
 FORMAT = "pdstack kv path/1"
 # In the end's container: a memory mount of its own.
@@ -39,11 +39,10 @@ def end(
     fabric: Mapping[str, Any],
     cluster_key: str,
     asks: bool = False,
-    earlier: str = "",
 ) -> Spec:
     """Return the end of a worker; the arguments are those of its `services.worker`.
 
-    The one that `asks` also has the list of all ends and, to compare with, the JSON of an `earlier` measurement.
+    The one that `asks` also has the list of all ends.
     """
     config = services.worker_config(
         entry, topology, namespace="", model_name="", model_dir=model_dir, engine=engine, transfer={},
@@ -55,8 +54,6 @@ def end(
     files = [file for file in spec["files"] if file["path"] == KEY_FILE]
     if asks:
         files.append({"path": AGENTS_FILE, "content": json.dumps(agents(topology), indent=1) + "\n"})
-    if asks and comparable(earlier):
-        files.append({"path": EARLIER_FILE, "content": earlier})
     listen = f"{bracketed(entry['address'])}:{entry['kv_path_ports'][0]}"
     return {
         **spec,
@@ -112,8 +109,8 @@ def command(
 
 
 def compared(words: Sequence[str], earlier: str) -> list[str]:
-    """Return the command with the comparison, if there is something to compare with."""
-    return [*words, *(["--compare", f"{CONFIG_MOUNT}/{EARLIER_FILE}"] if comparable(earlier) else [])]
+    """Return the command with a comparison to the JSON of an earlier measurement, which it gets on standard input."""
+    return [*words, *(["--compare", "-"] if comparable(earlier) else [])]
 
 
 def comparable(earlier: str) -> bool:

@@ -63,9 +63,8 @@ def test_the_one_that_asks_knows_all_ends(built: topology.Topology, inventory: A
     asker = kv_path.asker(built)
     assert asker == {"name": "decode-0", "host": "b", "container": "pdstack-t-kv-path-d0"}
     entry = next(worker for worker in built["workers"] if worker["name"] == asker["name"])
-    _, end = parts(entry, built, inventory, asks=True, earlier=json.dumps(KEPT))
+    _, end = parts(entry, built, inventory, asks=True)
     files = {file["path"]: file["content"] for file in end["files"]}
-    assert json.loads(files["earlier.json"]) == KEPT
     (tmp_path / "agents.json").write_text(files["agents.json"])
     places = read_places(tmp_path / "agents.json")
     assert [(one.name, one.host, one.shares) for one in places[Role.PREFILL]] == [
@@ -88,10 +87,10 @@ def words(built: topology.Topology, inventory: Any, **changed: Any) -> list[str]
 @pytest.mark.parametrize(
     ("changed", "path", "floor", "want"),
     [
-        ({}, "auto", 0.2, ["shared", "cma"]),
+        ({}, "auto", 0.1, ["shared", "cma"]),
         ({"floor": 99.0}, "auto", 99.0, ["shared", "cma"]),
-        ({"path": "backend", "backend": "nixl"}, "nixl", 0.2, ["cma"]),
-        ({"path": "shared"}, "shared", 0.2, ["shared"]),
+        ({"path": "backend", "backend": "nixl"}, "nixl", 0.1, ["cma"]),
+        ({"path": "shared"}, "shared", 0.1, ["shared"]),
     ],
 )
 def test_the_command_is_one_that_the_program_takes(
@@ -102,7 +101,7 @@ def test_the_command_is_one_that_the_program_takes(
     options = arguments().parse_args(made[4:])
     assert (options.path, options.floor, options.want) == (path, floor, want)
     assert options.block_tokens == [16] and options.backend == changed.get("backend", "ucx")
-    assert str(options.compare) == "/etc/pdstack/earlier.json" and str(options.json) == kv_path.JSON_FILE
+    assert str(options.compare) == "-" and str(options.json) == kv_path.JSON_FILE
 
 
 def test_workers_with_other_blocks_are_measured_with_them(inventory: Any) -> None:

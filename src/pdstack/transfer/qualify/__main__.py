@@ -14,13 +14,13 @@ from pdstack.transfer.errors import AuthenticationFailed
 from pdstack.transfer.keys import ClusterKey
 from pdstack.transfer.paths import AUTO
 from pdstack.transfer.paths import PATHS as OWN_PATHS
-from pdstack.transfer.paths.base import GPU_PATHS
+from pdstack.transfer.paths.base import GPU_PATHS, ORDER
 from pdstack.transfer.qualify.control import Wish, qualify
 from pdstack.transfer.qualify.ends import EndFailed
 from pdstack.transfer.qualify.gpu import GRANULE
 from pdstack.transfer.qualify.measure import PATHS
 from pdstack.transfer.qualify.model import block_bytes
-from pdstack.transfer.qualify.order import MARGIN, USUAL
+from pdstack.transfer.qualify.order import MARGIN
 from pdstack.transfer.qualify.page import page
 from pdstack.transfer.qualify.places import Place, local, read_places
 from pdstack.transfer.qualify.result import (
@@ -61,7 +61,7 @@ def arguments() -> argparse.ArgumentParser:
         choices=(AUTO, *PATHS),
         default=AUTO,
         help="the path that will be used; auto measures all and takes, as the agents do, the first that works of "
-        f"{', '.join(USUAL)}, or one that is {MARGIN:g} times as fast (default auto)",
+        f"{', '.join(ORDER)}, or one that is {MARGIN:g} times as fast (default auto)",
     )
     parser.add_argument(
         "--backend",
@@ -96,7 +96,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, help="write the result, for --compare")
     parser.add_argument("--html", type=Path, help="write the result as a page")
-    parser.add_argument("--compare", type=Path, help="an earlier JSON; what became worse is named")
+    parser.add_argument("--compare", type=Path, help="an earlier JSON (- for standard input)")
     parser.add_argument("--regression", type=float, default=0.2, help="how much worse is worse (default 0.2)")
     return parser
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -15,7 +16,7 @@ from typing import Any
 from pdstack.transfer.paths import AUTO, BACKEND
 from pdstack.transfer.qualify.causes import Cause, Question, causes
 from pdstack.transfer.qualify.control import PairFound, Wish
-from pdstack.transfer.qualify.measure import Measured, Size
+from pdstack.transfer.qualify.measure import Measured, Size, Spread
 from pdstack.transfer.qualify.order import order, unusual
 
 FORMAT = "pdstack kv path/1"
@@ -102,13 +103,22 @@ def doubtful(pair: PairFound, demand: Demand) -> bool:
 def _judged(pair: PairFound, demand: Demand) -> Verdict:
     limit = "memcpy" if pair.one_host else "socket"
     usable = {one.path: one for one in pair.paths if one.usable}
-    seconds = {path: sum(size.nbytes / size.gbps.median for size in one.sizes) for path, one in usable.items()}
+    seconds = {path: _seconds(one) for path, one in usable.items()}
     names = {path: BACKEND if path == demand.backend else path for path in usable}
     best = order({name: seconds[path] for path, name in names.items()})
     wanted = best[:1] if demand.path == AUTO else (demand.path,)
     chosen = next((usable[path] for path, name in names.items() if {path, name} & set(wanted)), None)
     fastest = tuple(sorted(usable, key=seconds.__getitem__))
     return Verdict(pair, chosen, limit, fastest, best, tuple(_problems(pair, chosen, limit, demand)))
+
+
+def _seconds(one: Measured) -> Spread:
+    """Of one read of each block size."""
+
+    def at(speed: Callable[[Spread], float]) -> float:
+        return sum(size.nbytes / speed(size.gbps) / 1e9 for size in one.sizes)
+
+    return Spread(at(lambda gbps: gbps.median), at(lambda gbps: gbps.high), at(lambda gbps: gbps.low))
 
 
 def _problems(pair: PairFound, chosen: Measured | None, limit: str, demand: Demand) -> Iterator[Problem]:
@@ -249,9 +259,9 @@ def versions() -> dict[str, str]:
 
 
 def load(file: Path) -> dict[str, Any]:
-    """An earlier result. Raises ValueError, saying what is wrong with the file."""
+    """An earlier result, "-" for that on standard input. Raises ValueError, saying what is wrong with the file."""
     try:
-        found: dict[str, Any] = json.loads(file.read_text())
+        found: dict[str, Any] = json.loads(sys.stdin.read() if str(file) == "-" else file.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be compared with: {error}") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
