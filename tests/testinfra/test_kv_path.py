@@ -12,6 +12,7 @@ import json
 import secrets
 import shlex
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,18 @@ from pdstack.deploy import ask, fabrics, proof
 # With engine trtllm: test_trtllm.py.
 pytestmark = pytest.mark.engine("reference")
 CONCURRENT = 4
+# Of so many transfers one may be a trial of another path (pdstack.transfer.choice.EARLY_EVERY is twice that).
+TRIES = 5
+# Prompts that no worker has seen, so that KV moves even where decode's prefix cache has all the others.
+FRESH = {"quick": 3, "full": 6}
 RECORD_TIMEOUT_S = 5.0
 
 
 @dataclass
 class Measured:
+    """The first `compared` requests are those of the aggregated run; the others are fresh ones."""
+
+    compared: int
     lengths: list[int]
     answers: list[ask.Answer]
     records: list[dict[str, Any]]
@@ -90,10 +98,18 @@ def requests(deployment: dict[str, Any], depth: str, shape: proof.ModelShape, bl
 
 
 @pytest.fixture(scope="session")
+def fresh(depth: str, requests: list[dict[str, Any]], shape: proof.ModelShape) -> list[dict[str, Any]]:
+    longest = max(len(request["token_ids"]) for request in requests)
+    prompts = proof.prompts([longest] * FRESH[depth], shape.vocabulary, seed=secrets.randbits(32))
+    return [{"token_ids": prompt, "max_tokens": proof.MAX_TOKENS, "ignore_eos": True} for prompt in prompts]
+
+
+@pytest.fixture(scope="session")
 def measured(
     deployment: dict[str, Any],
     topology: dict[str, Any],
     requests: list[dict[str, Any]],
+    fresh: list[dict[str, Any]],
     shape: proof.ModelShape,
     block_size: int,
 ) -> Measured:
@@ -103,6 +119,7 @@ def measured(
         # The prompts are the same at every verification: out of a prefix cache they would prove nothing.
         return ask.complete(frontend, model, request["token_ids"], request["max_tokens"], prefix_cache=False)
 
+    compared, requests = len(requests), [*requests, *fresh]
     before = scrape(topology)
     # Every third one alone, the others side by side.
     alone = {at: serve(request) for at, request in enumerate(requests) if at % 3 == 0}
@@ -114,6 +131,7 @@ def measured(
     assert not problems, "\n".join(problems)
     records = [record_of(answer.request_id, topology) for answer in answers]
     return Measured(
+        compared=compared,
         lengths=[len(request["token_ids"]) for request in requests],
         answers=answers,
         records=records,
@@ -161,15 +179,16 @@ def test_disaggregated_answers_are_the_aggregated_ones(
     wanted, cached = reference
     if depth == "full":
         assert len(wanted) >= 20
-    served = [record["token_ids"] for record in measured.records]
+    served = [record["token_ids"] for record in measured.records[: measured.compared]]
     assert all(len(tokens) == proof.MAX_TOKENS for tokens in served)
-    labels = [f"prompt of {length} tokens" for length in measured.lengths]
+    lengths = measured.lengths[: measured.compared]
+    labels = [f"prompt of {length} tokens" for length in lengths]
     problems = proof.differences([entry["token_ids"] for entry in wanted], served, labels)
     assert not problems, "\n".join(problems)
     results["equality"] = {
         "prompts": len(served),
-        "shortest": min(measured.lengths),
-        "longest": max(measured.lengths),
+        "shortest": min(lengths),
+        "longest": max(lengths),
         "tokens": sum(len(tokens) for tokens in served),
         "reference_cached": cached,
     }
@@ -177,12 +196,17 @@ def test_disaggregated_answers_are_the_aggregated_ones(
 
 def test_each_prompt_moved_its_kv_cache(measured: Measured, block_size: int) -> None:
     for length, record in zip(measured.lengths, measured.records, strict=True):
-        wanted = proof.blocks(length, block_size) * measured.block_bytes
+        # What decode's prefix cache holds is compared by its hashes, and not moved.
+        blocks = proof.blocks(length, block_size) - record["transfer"]["held_blocks"]
+        wanted = blocks * measured.block_bytes
         assert record["transfer"]["bytes"] == wanted, f"prompt of {length} tokens: {record['transfer']}"
+    for record in measured.records[measured.compared :]:
+        assert record["transfer"]["held_blocks"] == 0, "a prompt that nobody has seen was in decode's cache"
 
 
 def test_the_counters_show_the_bytes(measured: Measured, topology: dict[str, Any], block_size: int) -> None:
-    wanted = proof.expected_bytes(measured.lengths, block_size, measured.block_bytes)
+    needed = proof.expected_bytes(measured.lengths, block_size, measured.block_bytes)
+    wanted = sum(record["transfer"]["bytes"] for record in measured.records)
 
     def moved(role: str, name: str, **labels: str) -> float:
         return sum(
@@ -194,36 +218,39 @@ def test_the_counters_show_the_bytes(measured: Measured, topology: dict[str, Any
     # Clients of a deployment in service may move more in the meantime, never less.
     read = moved("decode", "pdstack_kv_bytes_total")
     assert read >= wanted, f"decode workers read {read:.0f} bytes, wanted {wanted}"
+    held = moved("decode", "pdstack_kv_held_bytes_total")
+    assert read + held >= needed, f"decode workers read {read:.0f} bytes and held {held:.0f}, wanted {needed}"
     acknowledged = moved("prefill", "pdstack_kv_exported_bytes_total")
     assert acknowledged >= wanted, f"prefill workers handed over {acknowledged:.0f} bytes, wanted {wanted}"
     assert moved("decode", "pdstack_kv_transfers_total") >= len(measured.lengths)
 
 
 def test_the_transport_is_the_one_of_the_fabric(
-    measured: Measured, deployment: dict[str, Any], topology: dict[str, Any], results: dict[str, Any]
+    measured: Measured, deployment: dict[str, Any], results: dict[str, Any]
 ) -> None:
     wanted = fabrics.wanted(deployment["fabric"], deployment["path"])
-    transfers = [record["transfer"] for record in measured.records]
-    found = sorted({transfer["transport"] for transfer in transfers})
+    transfers = [record["transfer"] for record in measured.records if record["transfer"]["bytes"]]
+    found = Counter(transfer["transport"] for transfer in transfers)
     results["kv"] = {
         **results.get("kv", {}),
         "backend": deployment["backend"],
         "path": deployment["path"],
         "fabric": deployment["fabric"]["name"],
-        "transports": found,
+        "transports": sorted(set(found) & set(wanted)),
+        "tried": sorted(set(found) - set(wanted)),
         "bytes": sum(transfer["bytes"] for transfer in transfers),
     }
     assert found, "nothing was transferred"
-    assert set(found) <= set(wanted), f"KV went over {found}, fabric {deployment['fabric']['name']} names {wanted}"
-    for worker in workers(topology, "decode"):
-        for labels, value in proof.samples(measured.after[worker["name"]], "pdstack_kv_bytes_total"):
-            assert value == 0 or labels["transport"] in wanted, f"{worker['name']}: {value:.0f} bytes over {labels}"
+    # With auto one transfer of some goes over another path, to see how fast that one is; no other may.
+    others = sum(count for transport, count in found.items() if transport not in wanted)
+    most = -(-len(transfers) // TRIES) if deployment["path"] == "auto" else 0
+    assert others <= most, f"KV went over {dict(found)}, fabric {deployment['fabric']['name']} names {wanted}"
 
 
 def test_the_speed_is_measured_beside_a_memcpy(
     measured: Measured, topology: dict[str, Any], decode_host: Host, results: dict[str, Any]
 ) -> None:
-    transfers = [record["transfer"] for record in measured.records]
+    transfers = [record["transfer"] for record in measured.records if record["transfer"]["bytes"]]
     speed = proof.transfer_speed(
         {"bytes": t["bytes"], "seconds": t.get("read_seconds") or t["seconds"]} for t in transfers
     )

@@ -45,7 +45,7 @@ def test_the_fabric_profile_reached_the_container(
     assert "UCX_TLS=cma,tcp,self" in found["Config"]["Env"]
     config = json.loads(host.file(f"/etc/pdstack/molecule/{worker}/worker.json").content_string)
     assert config["role"] == worker.split("-")[0]
-    assert config["transfer"]["backend"] == "ucx"
+    assert (config["transfer"]["backend"], config["transfer"]["path"]) == ("ucx", "auto")
 
 
 def test_a_request_goes_through_prefill_and_decode(at: Callable[..., str]) -> None:
@@ -55,5 +55,18 @@ def test_a_request_goes_through_prefill_and_decode(at: Callable[..., str]) -> No
     assert record["prompt_tokens"] == 40
     assert len(record["token_ids"]) == 6
     assert record["transfer"]["bytes"] > 0
-    assert record["transfer"]["transport"] == "cma"
+    # Whichever of the profile's own paths the step kv_path found to be the better one.
+    assert record["transfer"]["transport"] in ("shared", "cma")
     assert ask.get_json(at(STATUS_PORTS["prefill-0"], f"/requests/{answer.request_id}"))["role"] == "prefill"
+
+
+@workers
+def test_its_transfers_are_recorded_where_they_outlive_the_container(worker: str, host: Host) -> None:
+    file = host.file(f"/var/lib/pdstack/molecule/{worker}/kv-audit.jsonl")
+    assert file.uid == 64000
+    records = [json.loads(line) for line in file.content_string.splitlines()]
+    assert any(record["event"] == "transfer" and record["verdict"] == "ok" for record in records)
+
+
+def test_prefill_listens_for_the_path_stream_where_the_topology_says(host: Host) -> None:
+    assert host.socket(f"tcp://{host.interface('eth0').addresses[0]}:14300").is_listening
