@@ -24,18 +24,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from tests.integration.processes import Stack, wait_for
+from tests.integration.processes import Stack
 
-from benchmarks.serving import Deployment, Timing, ask, cpu_seconds, model_of, prompts, served
+from benchmarks.serving import Deployment, Timing, ask, cpu_seconds, model_of, prompts, record_of, served
 
 BACKENDS = ("ucx", "nixl")
 IDLE_S = 5.0
 COLUMNS = ("TTFT s", "ITL ms", "KV GB/s", "added ms", "CPU s", "idle core")
-
-
-def record_of(stack: Stack, worker: str, request_id: str) -> dict[str, Any]:
-    """What a worker remembers of a request; it does so a moment after the last token."""
-    return dict(wait_for(f"{worker} has ended {request_id}", lambda: stack.workers[worker].finished(request_id)))
 
 
 def figures(stack: Stack, timing: Timing, cpu: float) -> dict[str, float]:
@@ -85,7 +80,7 @@ def measure(model: Path, names: list[str], tokens: int, answer: int, rounds: int
 
 def table(samples: dict[str, dict[str, list[float]]], transports: dict[str, list[str]]) -> str:
     """One line a deployment: median (smallest to largest)."""
-    lines = [f"{'':10}" + "".join(f"{column:>23}" for column in COLUMNS) + "  over"]
+    lines = [f"{'':10}" + "".join(f"{column:>26}" for column in COLUMNS) + "  over"]
     for name, columns in samples.items():
         cells = []
         for column in COLUMNS:
@@ -93,7 +88,7 @@ def table(samples: dict[str, dict[str, list[float]]], transports: dict[str, list
             text = f"{statistics.median(values):.3f}"
             if len(values) > 1:
                 text += f" ({min(values):.3f}-{max(values):.3f})"
-            cells.append(f"{text:>23}")
+            cells.append(f"{text:>26}")
         lines.append(f"{name:10}" + "".join(cells) + "  " + ", ".join(transports[name]))
     return "\n".join(lines)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.integration.processes import Coordination, Ports, Stack
+from tests.integration.processes import Coordination, Ports, Stack, wait_for
 
 from pdstack.models.tiny import write_tiny_model
 
@@ -97,6 +97,11 @@ def ask(stack: Stack, prompt: list[int], tokens: int) -> Timing:
     if not times:
         raise RuntimeError(f"{stack.namespace}: no token came for a prompt of {len(prompt)} tokens")
     return Timing(request_id, times[0], [later - earlier for earlier, later in itertools.pairwise(times)])
+
+
+def record_of(stack: Stack, worker: str, request_id: str) -> dict[str, Any]:
+    """What a worker remembers of a request; it does so a moment after the last token."""
+    return dict(wait_for(f"{worker} has ended {request_id}", lambda: stack.workers[worker].finished(request_id)))
 
 
 def prompts(model: Path, tokens: int, count: int) -> list[list[int]]:

@@ -2,7 +2,8 @@
 
 Both deployments run at the same time on this machine: engine, model, thread count and prompts are the same, and the
 requests alternate. The aggregated worker is the limit: disaggregation can at best add nothing. Blocks move while the
-prompt is computed, so that what is left to pay is the second hop, and the blocks of the last chunk.
+prompt is computed, so that what is left to pay is the second hop, and the blocks of the last chunk. How much that is, a
+busy machine hides in the ratio; so `added` is shown as well: TTFT less the time that prefill computed.
 
     python -m benchmarks.ttft --tokens 1000 --rounds 7
 """
@@ -15,7 +16,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving import Deployment, ask, model_of, prompts, served
+from benchmarks.serving import Deployment, ask, model_of, prompts, record_of, served
 
 
 def measure(model: Path, backend: str, path: str, tokens: int, rounds: int, threads: int) -> dict[str, Any]:
@@ -27,9 +28,14 @@ def measure(model: Path, backend: str, path: str, tokens: int, rounds: int, thre
         for stack in stacks.values():
             ask(stack, warm, 2)
         samples: dict[str, list[float]] = {name: [] for name in stacks}
+        added = []
         for turn, prompt in enumerate(rest):
             for name in list(stacks) if turn % 2 else list(stacks)[::-1]:
-                samples[name].append(ask(stacks[name], prompt, 2).first)
+                timing = ask(stacks[name], prompt, 2)
+                samples[name].append(timing.first)
+                if name == "disaggregated":
+                    computed = record_of(stacks[name], "prefill-0", timing.request_id)["prefill_seconds"]
+                    added.append(timing.first - computed)
         transfer = stacks["disaggregated"].workers["decode-0"].transfer()
     ratios = [a / b for a, b in zip(samples["disaggregated"], samples["aggregated"], strict=True)]
     return {
@@ -39,6 +45,7 @@ def measure(model: Path, backend: str, path: str, tokens: int, rounds: int, thre
         "threads": threads,
         "samples_s": samples,
         "median_s": {name: statistics.median(values) for name, values in samples.items()},
+        "added_s": {"median": statistics.median(added), "min": min(added), "max": max(added)},
         "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
         "transfer": transfer,
     }
@@ -64,7 +71,9 @@ def main() -> None:
             print(
                 f"{over}: {arguments.tokens} prompt tokens, TTFT split {found['median_s']['disaggregated']:.3f} s,"
                 f" aggregated {found['median_s']['aggregated']:.3f} s, ratio {found['ratio']['median']:.3f}"
-                f" (min {found['ratio']['min']:.3f}, max {found['ratio']['max']:.3f}, {arguments.rounds} pairs)",
+                f" (min {found['ratio']['min']:.3f}, max {found['ratio']['max']:.3f}, {arguments.rounds} pairs),"
+                f" added {found['added_s']['median'] * 1e3:.1f} ms ({found['added_s']['min'] * 1e3:.1f} to"
+                f" {found['added_s']['max'] * 1e3:.1f})",
                 flush=True,
             )
     if arguments.json:

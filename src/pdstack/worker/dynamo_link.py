@@ -26,6 +26,8 @@ REGISTRATION_TIMEOUT_S = 15.0
 REGISTRATION_POLL_S = 0.02
 # A prefill worker that was killed is back after 1 to 2 s and the loading of its model, if a container restarts it.
 OTHER_PREFILL_S = 30.0
+# So long only others are asked than the one that was lost. It may have been frozen, and be well again.
+OTHERS_ONLY_S = 10.0
 OTHER_PREFILL_POLL_S = 0.1
 # Beyond the wait for blocks, which is prefill's own to bound: a worker that is frozen never answers.
 ANSWER_S = 15.0
@@ -147,13 +149,13 @@ class Link:
         from dynamo.runtime import Context
 
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + OTHER_PREFILL_S
+        began = loop.time()
         problem = "none is registered"
         tried: set[int] = set()
         while True:
-            late = loop.time() >= deadline
-            left = set(self._prefill.instance_ids()) - tried - (set() if late else set(avoid))
-            if not left and late:
+            waited = loop.time() - began
+            left = set(self._prefill.instance_ids()) - tried - (set(avoid) if waited < OTHERS_ONLY_S else set())
+            if not left and waited >= OTHER_PREFILL_S:
                 raise AskAgainFailed(f"the KV of the prompt is lost and no prefill worker computes it again: {problem}")
             if not left:
                 await asyncio.sleep(OTHER_PREFILL_POLL_S)
