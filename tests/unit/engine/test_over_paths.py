@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,18 @@ import numpy as np
 import pytest
 from tests.unit.engine.drive import greedy, prompt, scribble, tokens_of
 
-from pdstack.engine import Engine, EngineConfig, Request
-from pdstack.transfer import ChecksumMismatch, ClusterKey, KVLayout, Role, TransferAgent, TransferConfig, allocate_pool
+from pdstack.engine import Engine, EngineConfig, Request, RequestCancelled
+from pdstack.transfer import (
+    ChecksumMismatch,
+    ClusterKey,
+    KVLayout,
+    Role,
+    TransferAgent,
+    TransferConfig,
+    TransferError,
+    TransferReport,
+    allocate_pool,
+)
 from pdstack.transfer.backends import Exporter
 from pdstack.transfer.paths import PATHS
 from pdstack.transfer.ticket import Ticket
@@ -58,11 +68,39 @@ async def agent(role: Role, of: Engine, path: str) -> TransferAgent:
     )
 
 
-async def export(source: Engine, prefill: TransferAgent, request: Request) -> Ticket:
-    """As the prefill worker does it."""
-    result = await source.prefill(request)
-    name, tokens = request.request_id, len(request.token_ids)
-    return prefill.export(name, result.blocks, tokens, result.first_token, lambda held, _why: source.release(held))
+async def ship(source: Engine, prefill: TransferAgent, request: Request) -> tuple[Ticket, asyncio.Task[None]]:
+    """As the prefill worker does it: the ticket at admission, and the task that computes."""
+    tickets: asyncio.Queue[Ticket] = asyncio.Queue()
+    name = request.request_id
+
+    def admitted(blocks: list[int], generations: list[int], tokens: int) -> None:
+        tickets.put_nowait(
+            prefill.export(name, blocks, tokens, None, lambda held, _why: source.release(held), generations)
+        )
+
+    async def compute() -> None:
+        result = await source.prefill(request, admitted, lambda ready: prefill.advance(name, ready))
+        prefill.complete(name, result.first_token)
+
+    computing = asyncio.create_task(compute())
+    return await tickets.get(), computing
+
+
+async def receive(target: Engine, decode: TransferAgent, request: Request, ticket: Ticket) -> TransferReport:
+    """As the decode worker does it."""
+    there = await target.reserve(request)
+    try:
+        return await decode.fetch(ticket, there.blocks, there.held)
+    except TransferError as error:
+        assert error.quarantine is None
+        if error.code == "prefix":
+            target.forget(there.blocks[error.verified_blocks : there.held])
+        target.unreserve(request.request_id, error.verified_blocks)
+        raise
+
+
+async def decoded(target: Engine, request: Request, first_token: int) -> list[int]:
+    return [token async for step in target.decode(request, first_token) for token in step.token_ids]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -73,23 +111,41 @@ def test_tokens_are_those_of_one_engine_and_never_of_other_memory(
 
     async def scenario(source: Engine, target: Engine, alone: Engine) -> None:
         prefill, decode = await agent(Role.PREFILL, source, path), await agent(Role.DECODE, target, path)
+
+        async def serve(name: str, tokens: list[int]) -> int:
+            """Serve a prompt; how many blocks did not have to move."""
+            request = greedy(name, tokens, 12)
+            ticket, computing = await ship(source, prefill, request)
+            report = await receive(target, decode, request, ticket)
+            await computing
+            assert (report.backend, report.transport) == ("path", path)
+            assert report.blocks + report.held_blocks == len(ticket.blocks)
+            assert await decoded(target, request, report.first_token) == await tokens_of(alone, request)
+            return report.held_blocks
+
         try:
             for length in (1, 16, 17, 300):
-                request = greedy(f"r{length}", prompt(length), 12)
-                wanted = await tokens_of(alone, request)
-                ticket = await export(source, prefill, request)
-                blocks = (await target.reserve(request)).blocks
-                report = await decode.fetch(ticket, blocks)
-                assert (report.backend, report.transport) == ("path", path)
-                found = [token async for step in target.decode(request, report.first_token) for token in step.token_ids]
-                assert found == wanted
+                assert await serve(f"r{length}", prompt(length)) == 0
+            assert await serve("longer", [*prompt(300), *prompt(20, 1)]) == 18
+            # Memory of decode that went bad is found before anything is built on it.
+            look = await target.reserve(greedy("look", prompt(300), 12))
+            target.pool.array[look.blocks[5]] += np.float32(1)
+            target.unreserve("look")
+            request = greedy("bad", [*prompt(300), 44], 12)
+            ticket, computing = await ship(source, prefill, request)
+            with pytest.raises(ChecksumMismatch) as caught:
+                await receive(target, decode, request, ticket)
+            with suppress(RequestCancelled):  # what decode does not want is not computed to its end
+                await computing
+            assert (caught.value.code, caught.value.verified_blocks) == ("prefix", 5)
+            assert await serve("good", [*prompt(300), 44]) == 5
             # Memory that changes under an export: no token comes of it.
             request = greedy("changed", prompt(100), 12)
-            ticket = await export(source, prefill, request)
+            ticket, computing = await ship(source, prefill, request)
+            await computing
             source.pool.array[ticket.blocks[-1]] += np.float32(1)
             with pytest.raises(ChecksumMismatch):
-                await decode.fetch(ticket, (await target.reserve(request)).blocks)
-            target.unreserve(request.request_id)
+                await receive(target, decode, request, ticket)
         finally:
             await decode.close()
             await prefill.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from dataclasses import replace
 from typing import Any
@@ -177,6 +178,46 @@ def test_blocks_that_were_told_stay_until_they_are_released(
         assert engine.release("r") and engine.stats().used_blocks == 0
 
     asyncio.run(within(20, scenario()))
+
+
+def test_64_shipments_that_end_at_random_moments_leave_nothing_behind(make_engine: MakeEngine) -> None:
+    engine = make_engine(kv_blocks=120, prefill_chunk=16, queue_timeout_s=60.0)
+    source = random.Random(7)
+
+    async def one(number: int) -> bool:
+        name, after = f"r{number}", source.random() * 0.4
+        # Half of them begin alike, so that blocks are copied between them all the time.
+        text = [*prompt(source.choice((100, 200, 300)), number % 2 and number), number + 40]
+        shipment = Shipment(engine)
+        task = asyncio.create_task(shipment.run(greedy(name, text, 1)))
+        await asyncio.sleep(after)
+        how = source.choice(("release", "cancel", "leave", "wait"))
+        if how == "release":
+            engine.release(name)
+        elif how == "cancel":
+            engine.cancel(name)
+        elif how == "leave":
+            task.cancel()
+        (result,) = await asyncio.gather(task, return_exceptions=True)
+        if isinstance(result, BaseException):
+            assert isinstance(result, RequestCancelled | asyncio.CancelledError), result
+        elif how == "wait":
+            # Nobody wrote into what was final, whoever ended meanwhile.
+            assert engine.generations(shipment.blocks) == shipment.generations
+            assert np.array_equal(shipment.copied, engine.pool.array[shipment.blocks])
+        engine.release(name)
+        return how == "wait"
+
+    async def scenario() -> None:
+        waited = await asyncio.gather(*(one(number) for number in range(64)))
+        assert any(waited)
+        while engine.stats().used_blocks:
+            await asyncio.sleep(0)
+
+    asyncio.run(within(60, scenario()))
+    stats = engine.stats()
+    assert (stats.waiting, stats.prefilling, stats.held_requests) == (0, 0, 0)
+    assert engine._scheduler.sequences == {} and engine._clients == {}
 
 
 def test_a_prompt_that_nobody_was_told_of_keeps_nothing(make_engine: MakeEngine) -> None:
