@@ -387,6 +387,7 @@ def test_a_block_found_wrong_is_forgotten_with_what_builds_on_it(make_engine: Ma
         async for step in target.decode(replace(request, request_id="t"), shipped[1]):
             target.forget(there.blocks[:1])
             assert step
+        assert target.clear_prefix_cache() == 0
         assert (await target.reserve(replace(request, request_id="u"))).held == 0
         target.unreserve("u")
 
