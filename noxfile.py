@@ -218,7 +218,7 @@ def bench_kv(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def bench_gpu(session: nox.Session) -> None:
-    """KV between two processes' GPU memory: own kernel, torch, NIXL, the limit (on a GPU host, in its own python3)."""
+    """KV between two processes' GPU memory: kernel, agents, torch, NIXL, the limit (on a GPU host, its own python3)."""
     # Torch and Triton are the host's or the image's: they fit its driver, and are in no lock file here.
     session.run("python3", "benchmarks/gpu_paths.py", *session.posargs, env={"PYTHONUNBUFFERED": "1"}, external=True)
 

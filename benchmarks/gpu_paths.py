@@ -12,7 +12,8 @@ same bytes in the same rounds.
     nixl, nixl zcopy  NIXL READ, as it comes and with UCX_CUDA_IPC_ENABLE_GET_ZCOPY=on, 256 MiB, blocks in order, in a
                       pair of processes of its own (with `--nixl`; needs what gpu_fabrics.py needs)
 
-Then copies between different layouts of the same KV, Llama-3.1-8B's shape. GB/s are 10^9 bytes of KV a second (each is
+Then copies between different layouts of the same KV, Llama-3.1-8B's shape, and the same KV through two transfer agents
+(gpu_agents.py). GB/s are 10^9 bytes of KV a second (each is
 read once and written once). Needs python3 with torch, triton, numpy and prometheus-client:
 
     python3 benchmarks/gpu_paths.py --json gpu_paths.json [--nixl] [--tune]
@@ -342,6 +343,10 @@ def main() -> None:
             table(results["layouts"])
         decode.mapping.close()
         decode.asks.close()
+    if not given.tune:
+        from benchmarks import gpu_agents
+
+        results["agents"] = gpu_agents.run()
     if given.nixl:
         for name, environment in (("nixl", {}), ("nixl zcopy", {"UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on"})):
             results[name] = nixl(environment)
