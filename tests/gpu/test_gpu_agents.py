@@ -155,6 +155,7 @@ def test_two_containers_whose_processes_have_one_number_take_the_path_staged() -
     report = decode.call("fetch", prefill.call("export", "c", source), target)
     assert (report.get("error"), report["transport"]) == (None, "staged")
     assert "over shared" in report["transport_detail"]
+    assert "in place" in report["transport_detail"]
     assert np.array_equal(pool_of(decode)[target], content("prefill")[source])
     prefill.abandon()
     decode.abandon()

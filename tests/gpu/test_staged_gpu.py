@@ -18,7 +18,7 @@ from pdstack.transfer import ReadFailed
 from pdstack.transfer.gpu.needs import gpu
 from pdstack.transfer.gpu.staging import PinnedStage
 from pdstack.transfer.paths import CmaPeer, SharedPeer, StreamPeer
-from pdstack.transfer.paths.staged import StagedPeer
+from pdstack.transfer.paths.staged_peer import StagedPeer
 from pdstack.transfer.roles import Role
 
 CARRIERS: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from pdstack.transfer.gpu import checksum
 from pdstack.transfer.gpu.view import check_blocks
+from pdstack.transfer.paths.base import Region
 from pdstack.transfer.paths.stage import Stage
 from pdstack.transfer.plan import Offsets
 from pdstack.transfer.store import Hashes
@@ -21,6 +23,8 @@ class NumpyStage(Stage):
         super().__init__(array, slot_bytes, pool.shape[1], pool.shape[0])
         self.pool = pool
         self.closed = False
+        self.adopts = True
+        self.adopted: list[Region] = []
 
     def rows(self, slot: int, count: int) -> Any:
         start = slot * self.slot_bytes
@@ -29,11 +33,21 @@ class NumpyStage(Stage):
     def gather(self, blocks: Offsets, slot: int) -> None:
         self.rows(slot, len(blocks))[:] = self.pool[blocks]
 
-    def scatter(self, slot: int, blocks: Offsets) -> Callable[[], Hashes]:
+    def adopt(self, region: Region) -> Callable[[], None] | None:
+        if not self.adopts:
+            return None
+        self.adopted.append(region)
+        return lambda: self.adopted.remove(region)
+
+    def scatter(self, address: int, blocks: Offsets) -> Callable[[], Hashes]:
         check_blocks(blocks, self.num_blocks, "local", unique=True)
+        nbytes = len(blocks) * self.block_bytes
+        known = [self.region, *self.adopted]
+        assert any(one.address <= address <= one.address + one.nbytes - nbytes for one in known)
 
         def wait() -> Hashes:
-            rows = self.rows(slot, len(blocks))
+            raw = (ctypes.c_ubyte * nbytes).from_address(address)
+            rows = np.frombuffer(raw, np.uint8).reshape(len(blocks), -1)
             self.pool[blocks] = rows
             return checksum.block_sums(rows, np.arange(len(blocks)), None)
 

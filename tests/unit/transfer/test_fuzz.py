@@ -37,7 +37,8 @@ from pdstack.transfer.paths import (
     read_offers,
 )
 from pdstack.transfer.paths.offers import Offers
-from pdstack.transfer.paths.staged import StagedExporter, StagedPeer
+from pdstack.transfer.paths.staged import StagedExporter
+from pdstack.transfer.paths.staged_peer import StagedPeer
 from pdstack.transfer.plan import blocks
 from pdstack.transfer.qualify.facts import Facts
 from pdstack.transfer.qualify.measure import Measured

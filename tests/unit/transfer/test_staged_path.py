@@ -22,7 +22,8 @@ from pdstack.transfer.layout import KVLayout, allocate_pool
 from pdstack.transfer.paths import CmaPeer, SharedPeer, StreamPeer
 from pdstack.transfer.paths.offers import Offers
 from pdstack.transfer.paths.sockets import connect, receive_frame
-from pdstack.transfer.paths.staged import StagedExporter, StagedPeer
+from pdstack.transfer.paths.staged import StagedExporter
+from pdstack.transfer.paths.staged_peer import StagedPeer
 from pdstack.transfer.plan import blocks as block_plan
 from pdstack.transfer.roles import Role
 from pdstack.transfer.store import HostStore
@@ -93,8 +94,10 @@ def tables(seed: int, count: int = 250) -> tuple[Any, Any]:
     return rng.permutation(COUNT)[:count], rng.permutation(COUNT)[:count]
 
 
+@pytest.mark.parametrize("adopts", [True, False])
 @pytest.mark.parametrize("carrier", CARRIERS)
-def test_every_byte_arrives_and_the_hashes_are_those_of_prefills_blocks(both: Both, carrier: str) -> None:
+def test_every_byte_arrives_and_the_hashes_are_those_of_prefills_blocks(both: Both, carrier: str, adopts: bool) -> None:
+    both.decode.adopts = adopts
     source, target = tables(1)
     wanted = both.target.copy()
     wanted[target] = both.source[source]
@@ -104,6 +107,9 @@ def test_every_byte_arrives_and_the_hashes_are_those_of_prefills_blocks(both: Bo
     assert np.array_equal(both.target, wanted)
     assert found is not None
     assert np.array_equal(found, checksum.block_sums(both.source, source, None))
+    assert len(both.decode.adopted) == (adopts and carrier == "shared")
+    peer.close()
+    assert not both.decode.adopted
 
 
 def test_a_plan_is_read_in_its_own_order(both: Both) -> None:

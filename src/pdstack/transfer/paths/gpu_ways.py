@@ -24,7 +24,8 @@ from pdstack.transfer.paths.offers import Offers
 from pdstack.transfer.paths.routes import PathReader
 from pdstack.transfer.paths.shared import SharedPeer
 from pdstack.transfer.paths.stage import SLOT_BYTES, SLOTS
-from pdstack.transfer.paths.staged import StagedExporter, StagedPeer
+from pdstack.transfer.paths.staged import StagedExporter
+from pdstack.transfer.paths.staged_peer import StagedPeer
 from pdstack.transfer.paths.stream import StreamPeer
 from pdstack.transfer.store import BlockStore, Hashes, HostStore
 from pdstack.transfer.transport import Transport
@@ -139,7 +140,8 @@ class GpuWays:
     def _staged(self, metadata: bytes) -> Peer:
         peer = self.staged(metadata)
         _log.info("prefill's GPU blocks come through host memory, over %s", peer.carrier)
-        return GpuReader(peer, f"gathered into host memory, over {peer.carrier}, and scattered")
+        how = "read there in place" if peer.in_place else "copied"
+        return GpuReader(peer, f"gathered into host memory, over {peer.carrier}, {how}, and scattered")
 
     def close(self) -> None:
         """Let go of the staging memory. All peers must be closed before."""

@@ -314,6 +314,11 @@ class SharedPeer(PathPeer):
             raise ReadFailed("this shared peer is closed")
         return self._mover.move(plan, self._copy, self._target, checksum)
 
+    @property
+    def mapped(self) -> Region:
+        """The peer's pool as it is mapped here: to be read, until :meth:`close`."""
+        return Region(self._mapping.address, self._nbytes)
+
     def abort(self) -> None:
         """See the base class."""
         self._mover.aborted.set()

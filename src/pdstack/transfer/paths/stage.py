@@ -61,11 +61,20 @@ class Stage(ABC):
         """Copy blocks of the pool into a slot, one behind the other. They are there when this returns."""
 
     @abstractmethod
-    def scatter(self, slot: int, blocks: Offsets) -> Callable[[], Hashes]:
-        """Begin to copy what is in a slot into `blocks` of the pool. The result waits for it, and gives their hashes.
+    def scatter(self, address: int, blocks: Offsets) -> Callable[[], Hashes]:
+        """Begin to copy what lies at `address`, in a slot or an adopted region, into `blocks` of the pool.
 
-        Raises :class:`LayoutMismatch` for a block outside the pool, or named twice.
+        The result waits for it, and gives the blocks' hashes. Raises :class:`LayoutMismatch` for a block outside the
+        pool, or named twice.
         """
+
+    def adopt(self, region: Region) -> Callable[[], None] | None:  # noqa: ARG002  # not every stage can
+        """Let :meth:`scatter` read other memory too, mapped read-only; the result ends that. None if it cannot."""
+        return None
+
+    def address(self, slot: int) -> int:
+        """Where a slot begins."""
+        return self.region.address + slot * self.slot_bytes
 
     @abstractmethod
     def finish(self) -> None:

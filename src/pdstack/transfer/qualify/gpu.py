@@ -17,11 +17,11 @@ from pdstack.transfer.errors import TransferError
 from pdstack.transfer.gpu.needs import gpu
 from pdstack.transfer.gpu.store import CudaStore
 from pdstack.transfer.layout import KVLayout
-from pdstack.transfer.paths import PathPeer
 from pdstack.transfer.paths.base import GPU_PATHS
+from pdstack.transfer.paths.blocks import BlockPeer, whole_blocks
 from pdstack.transfer.paths.gpu import GpuPeer
 from pdstack.transfer.paths.gpu_ways import GpuWays, exporters
-from pdstack.transfer.plan import Plan
+from pdstack.transfer.plan import Offsets, Plan
 from pdstack.transfer.qualify.limits import StreamServer
 from pdstack.transfer.qualify.measure import Bytes, Reader, fill
 from pdstack.transfer.transport import Transport
@@ -110,7 +110,9 @@ class GpuReader(Reader):
 
     def __init__(self, path: str, metadata: bytes, pool: GpuPool, identity: Identity) -> None:
         self._path, self._metadata, self._pool = path, metadata, pool
-        self._peers: list[PathPeer] = []
+        self._peers: list[BlockPeer] = []
+        self._plan: Plan | None = None
+        self._blocks: tuple[BlockPeer, Offsets, Offsets]
         self._ways: GpuWays | None = None
         self._of_size = cache(self._open)
         if path == "staged":
@@ -119,16 +121,19 @@ class GpuReader(Reader):
         else:
             self._of_size(GRANULE)  # so that a refusal is known now
 
-    def _open(self, block_bytes: int) -> PathPeer:
+    def _open(self, block_bytes: int) -> BlockPeer:
         peer = GpuPeer(self._metadata, store(self._pool.tensor, block_bytes))
         self._peers.append(peer)
         return peer
 
     def read(self, plan: Plan, *, checksum: bool) -> None:
         """See the base class."""
-        size = int(np.gcd.reduce(np.concatenate((plan.source, plan.target, plan.nbytes))))
-        peer = self._peers[0] if self._path == "staged" else self._of_size(size)
-        peer.read(plan, checksum=checksum)
+        if plan is not self._plan:  # agents have block numbers, and make no plan
+            size = int(np.gcd.reduce(np.concatenate((plan.source, plan.target, plan.nbytes))))
+            peer = self._peers[0] if self._path == "staged" else self._of_size(size)
+            self._plan, self._blocks = plan, (peer, *whole_blocks(plan, peer.block_bytes))
+        peer, sources, targets = self._blocks
+        peer.read_blocks(sources, targets, checksum=checksum)
 
     def transport(self, nbytes: int) -> Transport:  # noqa: ARG002  # see the base class
         """The path itself."""
