@@ -15,7 +15,8 @@ from pdstack.transfer.channel import connect
 from pdstack.transfer.errors import PeerUnreachable, TicketError, TransferError
 from pdstack.transfer.fetch import Fetch, Tools
 from pdstack.transfer.incoming import Incoming
-from pdstack.transfer.layout import check_blocks
+from pdstack.transfer.landing import Landing, Staging
+from pdstack.transfer.layout import KVLayout, check_blocks
 from pdstack.transfer.link import Expected, Link
 from pdstack.transfer.paths import BACKEND, Importers
 from pdstack.transfer.roles import Role
@@ -56,7 +57,7 @@ class DecodeAgent(TransferAgent):
         self._bytes = self._transfers = self._failures = self._quarantined = 0
         config = self.config
         self._tools = Tools(self._store, config, self.metrics, self.audit, self._quarantine)
-        self._expected = Expected(config.backend, self._fingerprint, self.layout.block_bytes, self._store.hashing)
+        self._expected = Expected(config.backend, self.layout, self._store.hashing)
         self._importers = await asyncio.to_thread(Importers, config, self.name, self._store, self._identity)
         over = config.backend if config.path == BACKEND else f"path {config.path}"
         _log.info("decode agent %s imports KV over %s", self.name, over)
@@ -71,7 +72,7 @@ class DecodeAgent(TransferAgent):
             fetch = Fetch(Incoming(ticket, local_blocks, held), self._tools)
             link = await self._bring(fetch)
         except TransferError as error:
-            error.verified_blocks = fetch.incoming.verified if fetch is not None else 0
+            error.verified_blocks = fetch.incoming.verified_local if fetch is not None else 0
             self._failures += 1
             # What a forged ticket says must not become a label.
             worker = "?" if error.code == "forged" else ticket.worker
@@ -112,7 +113,7 @@ class DecodeAgent(TransferAgent):
             began = time.monotonic()
             try:
                 link = await self._link(incoming.ticket)
-                check_blocks(incoming.ticket.blocks, link.num_blocks, f"{incoming.ticket.worker}'s")
+                self._fits(link, incoming)
                 await link.begin(incoming)
             except PeerUnreachable as error:
                 # A link that was lost while nothing went over it is noticed only now; one that breaks while it is made
@@ -122,6 +123,24 @@ class DecodeAgent(TransferAgent):
             else:
                 break
         return link
+
+    def _fits(self, link: Link, incoming: Incoming) -> None:
+        """Raises :class:`TicketError`, or ValueError for blocks that are not there."""
+        ticket, theirs = incoming.ticket, link.layout
+        if ticket.layout != theirs.fingerprint():
+            raise TicketError(
+                f"ticket of request {ticket.request_id!r} has KV layout {ticket.layout[:16]!r}, {link.name} has "
+                f"{theirs.fingerprint()[:16]!r}: it was issued by another run, or for another model",
+                code="layout",
+            )
+        check_blocks(ticket.blocks, theirs.num_blocks, f"{ticket.worker}'s")
+        incoming.fit(theirs.block_size, self.layout.block_size)
+
+    def _land(self, theirs: KVLayout) -> Landing:
+        """Where blocks of a prefill agent land. Blocks."""
+        if theirs.block_size == self.layout.block_size:
+            return Landing(self._store, self._importers)
+        return Staging(self._store, theirs, self.config, self.name, self._identity)
 
     async def _resume(self, fetch: Fetch, loss: PeerUnreachable) -> Link:
         """A new link over which prefill lets us go on. Raises `loss` if there is none in time, or prefill is gone."""
@@ -150,7 +169,7 @@ class DecodeAgent(TransferAgent):
             request=ticket.request_id,
             peer=ticket.worker,
             verified=incoming.verified,
-            blocks=len(incoming.local),
+            blocks=len(ticket.blocks),
             reason=str(loss),
         )
         return link
@@ -165,7 +184,7 @@ class DecodeAgent(TransferAgent):
             _log.info("could not discard the export of request %s: %s", ticket.request_id, error)
 
     def _check(self, ticket: Ticket) -> None:
-        verify(ticket, self.config.cluster_key, audience=self._identity.audience, layout=self._fingerprint)
+        verify(ticket, self.config.cluster_key, audience=self._identity.audience)
         if ticket.backend != self.config.backend:
             raise TicketError(
                 f"ticket of request {ticket.request_id!r} is for backend {ticket.backend!r}, this worker uses "
@@ -195,7 +214,7 @@ class DecodeAgent(TransferAgent):
         channel = await connect(*where, self._identity)
         link = Link(channel, where, self.config.heartbeat_s)
         try:
-            await link.open(self._importers, self._expected)
+            await link.open(self._land, self._expected)
         except BaseException:
             await link.close()
             raise
@@ -243,7 +262,7 @@ class DecodeAgent(TransferAgent):
         return self.config.backend if most == BACKEND else "path"
 
     def _report(self, link: Link, fetch: Fetch, seconds: float) -> TransferReport:
-        nbytes = fetch.blocks * self.layout.block_bytes
+        nbytes = fetch.bytes
         nothing = Transport("none", "all blocks were held already")
         transport = max(fetch.transports, key=fetch.transports.__getitem__, default=nothing)
         carrier = self._carrier(fetch)
@@ -252,7 +271,7 @@ class DecodeAgent(TransferAgent):
         self._transfers += 1
         self.metrics.bytes.labels(*labels, link.name).inc(nbytes)
         self.metrics.transfers.labels(*labels, link.name).inc()
-        self.metrics.held.labels(link.name).inc(fetch.incoming.held * self.layout.block_bytes)
+        self.metrics.held.labels(link.name).inc(fetch.incoming.compared * self.layout.block_bytes)
         phases = {"total": seconds, "read": fetch.read_seconds, "checksum": fetch.checksum_seconds}
         for phase, value in phases.items():
             self.metrics.seconds.labels(*labels, phase).observe(value)
@@ -260,7 +279,7 @@ class DecodeAgent(TransferAgent):
         return TransferReport(
             bytes=nbytes,
             blocks=fetch.blocks,
-            held_blocks=fetch.incoming.held,
+            held_blocks=fetch.incoming.compared,
             descriptors=fetch.descriptors,
             seconds=seconds,
             read_seconds=fetch.read_seconds,
@@ -291,7 +310,7 @@ class DecodeAgent(TransferAgent):
             verified=incoming.verified,
             paths=fetch.carried,
             transports=sorted(transport.name for transport in fetch.transports),
-            bytes=fetch.blocks * self.layout.block_bytes,
+            bytes=fetch.bytes,
             hash=digest(incoming.hashes),
             resumes=fetch.resumes,
             retried=fetch.retried,

@@ -58,7 +58,7 @@ class Fetch:
         self.incoming, self._tools = incoming, tools
         self.path: str | None = None
         self.retried = False
-        self.resumes = self.blocks = self.descriptors = 0
+        self.resumes = self.bytes = self.blocks = self.descriptors = 0
         self.read_seconds = self.checksum_seconds = 0.0
         self.carried: dict[str, int] = {}
         self.transports: dict[Transport, int] = {}
@@ -67,7 +67,6 @@ class Fetch:
     async def receive(self, link: Link) -> None:
         """Over one link: read what is final, until all is, or the link is lost."""
         incoming = self.incoming
-        most = max(1, self._tools.store.batch_bytes // self._tools.store.layout.block_bytes)
         while not incoming.complete:
             incoming.changed.clear()
             try:
@@ -77,7 +76,7 @@ class Fetch:
                         f"{incoming.failure}",
                         code="prefill_failed",
                     )
-                if places := incoming.waiting()[:most]:
+                if places := incoming.waiting()[: link.landing.most]:
                     await self._take(link, places)
                     link.acknowledge(incoming)
                     continue
@@ -114,7 +113,7 @@ class Fetch:
             raise lost(link, "while the prompt was computed")
         link.done(incoming.ticket, ok=False)
         raise TransferError(
-            f"{link.name} has {len(incoming.hashes)} of {len(incoming.local)} blocks ready and made no more in "
+            f"{link.name} has {len(incoming.hashes)} of {len(incoming.ticket.blocks)} blocks ready and made no more in "
             f"{self._tools.config.stall_timeout_s:.0f} s: it is overloaded or stuck; raise stall_timeout_s if prompts "
             "take that long",
             code="prefill_stalled",
@@ -125,16 +124,16 @@ class Fetch:
         incoming = self.incoming
         if link.lost.done():
             raise lost(link, "before a read")
-        if held := [place for place in places if place < incoming.held]:
+        if held := [place for place in places if place < incoming.compared]:
             blocks = [incoming.local[place] for place in held]
             found = await asyncio.get_running_loop().run_in_executor(link.executor, self._tools.store.hashes, blocks)
             if wrong := incoming.compare(held, found):
                 raise ChecksumMismatch(
-                    f"{len(wrong)} of {incoming.held} blocks of a prefix that this worker holds are not what "
+                    f"{len(wrong)} of {incoming.compared} blocks of a prefix that this worker holds are not what "
                     f"{link.name} computed for it: the prefix was not used",
                     code="prefix",
                 )
-        if moved := [place for place in places if place >= incoming.held]:
+        if moved := [place for place in places if place >= incoming.compared]:
             wrong = await self._move(link, moved)
             if wrong and not self.retried:
                 self.retried = True
@@ -143,7 +142,7 @@ class Fetch:
                 self._tools.metrics.retries.labels(link.name).inc()
                 self._tools.audit.record(
                     "mismatch", request=incoming.ticket.request_id, peer=link.name, path=before, again=self.path,
-                    blocks=[incoming.local[place] for place in wrong],
+                    blocks=[incoming.ticket.blocks[place] for place in wrong],
                 )  # fmt: skip
                 _log.error(
                     "request %s: %d blocks came from %s over %s with other bytes than exported: reading them over %s",
@@ -152,22 +151,19 @@ class Fetch:
                 wrong = await self._move(link, wrong)
             if wrong:
                 raise ChecksumMismatch(
-                    f"{len(wrong)} of {len(incoming.local)} blocks read from {link.name} have other hashes than "
-                    "prefill exported: the bytes are not the ones exported and were not used"
+                    f"{len(wrong)} of {len(incoming.ticket.blocks)} blocks read from {link.name} have other hashes "
+                    "than prefill exported: the bytes are not the ones exported and were not used"
                 )
 
     async def _move(self, link: Link, places: list[int]) -> list[int]:
         """Read the blocks at `places`; returns the places of those whose hash is wrong."""
-        incoming = self.incoming
-        remote = [incoming.ticket.blocks[place] for place in places]
-        local = [incoming.local[place] for place in places]
         while True:
             if self.path not in link.routes.choice.paths:  # the first read, or that way was dropped meanwhile
                 self.path = link.routes.choice.pick()
             path = self.path
             assert path is not None
             try:
-                outcome = await self._read(link, path, remote, local)
+                outcome = await self._read(link, path, places)
             except ReadFailed as error:
                 if link.lost.done() or error.quarantine:
                     raise
@@ -186,7 +182,8 @@ class Fetch:
                         self._changed(link, change)
                 continue
             break
-        nbytes = len(places) * self._tools.store.layout.block_bytes
+        nbytes = len(places) * link.layout.block_bytes
+        self.bytes += nbytes
         self.blocks += len(places)
         self.descriptors += outcome.descriptors
         self.read_seconds += outcome.read_seconds
@@ -204,13 +201,13 @@ class Fetch:
             await asyncio.get_running_loop().run_in_executor(
                 link.executor, link.routes.drop, path, f"{outcome.transport.name} is emulated"
             )
-        return incoming.compare(places, outcome.hashes)
+        return self.incoming.compare(places, outcome.hashes)
 
-    async def _read(self, link: Link, path: str, remote: list[int], local: list[int]) -> _Outcome:
+    async def _read(self, link: Link, path: str, places: list[int]) -> _Outcome:
         loop = asyncio.get_running_loop()
         if link.lost.done():
             raise lost(link, "before a read")
-        read = loop.run_in_executor(link.executor, self._copy, link, path, remote, local)
+        read = loop.run_in_executor(link.executor, self._copy, link, path, places)
         link.reads.add(read)
         read.add_done_callback(link.reads.discard)
         try:
@@ -222,11 +219,14 @@ class Fetch:
             await self._settle(link, read)
             raise
         if not read.done():
-            raise self._give_up(link, read, len(local))
+            raise self._give_up(link, read, len(places))
         return read.result()
 
-    def _copy(self, link: Link, path: str, remote: list[int], local: list[int]) -> _Outcome:
-        """In the link's thread: read, and hash what arrived if the way did not."""
+    def _copy(self, link: Link, path: str, places: list[int]) -> _Outcome:
+        """In the link's thread: read, hash what arrived if the way did not, and put what is right where it belongs."""
+        landing, incoming = link.landing, self.incoming
+        remote = [incoming.ticket.blocks[place] for place in places]
+        local = landing.targets(incoming, places)
         try:
             peer = link.routes.peer(path)
         except ReadFailed:
@@ -237,10 +237,11 @@ class Fetch:
         hashes = peer.read_blocks(remote, local)
         read = end = time.perf_counter()
         if hashes is None:
-            hashes = self._tools.store.hashes(local)
+            hashes = landing.store.hashes(local)
             end = time.perf_counter()
+        landing.settle(incoming, incoming.right(places, hashes))
         runs, longest = count_runs(remote, local)
-        transport = peer.transport(longest * self._tools.store.layout.block_bytes)
+        transport = peer.transport(longest * link.layout.block_bytes)
         return _Outcome(hashes, read - start, end - read, transport, runs)
 
     def _changed(self, link: Link, change: Change) -> None:

@@ -17,22 +17,39 @@ _MAX_TOKEN = 1 << 53
 class Incoming:
     """One fetch. It outlives a lost connection: what was verified stays verified, because its hash is prefill's.
 
-    `held` leading blocks are in decode's pool already; they are compared, not moved.
+    `held` leading local blocks are in decode's pool already; `compared` of prefill's are compared with them, not moved.
     """
 
     def __init__(self, ticket: Ticket, local: Sequence[int], held: int) -> None:
-        if len(local) != len(ticket.blocks):
-            raise ValueError(f"{len(ticket.blocks)} remote blocks for {len(local)} local blocks, wanted equal numbers")
         if len(set(local)) != len(local):
             raise ValueError("a local block is named twice: two reads would write the same memory")
         if not 0 <= held <= len(local):
             raise ValueError(f"{held} of {len(local)} blocks are said to be held")
         self.ticket, self.local, self.held = ticket, tuple(local), held
+        self.compared = 0
         self.hashes: list[int] = []
         self.first_token: int | None = None
         self.failure: str | None = None
         self.changed = asyncio.Event()
-        self._verified = [False] * len(local)
+        self._verified = [False] * len(ticket.blocks)
+        self._tokens = (1, 1)
+
+    def fit(self, remote_tokens: int, local_tokens: int) -> None:
+        """So many tokens are in a block of prefill's and of decode's. Raises ValueError if the blocks are too few.
+
+        Where the numbers differ, blocks that decode holds cannot be compared one by one, so all of them move; they are
+        not written all the same.
+        """
+        self._tokens = (remote_tokens, local_tokens)
+        remote, local, tokens = len(self.ticket.blocks), len(self.local), self.ticket.tokens
+        if remote_tokens == local_tokens and remote != local:
+            raise ValueError(f"{remote} remote blocks for {local} local blocks, wanted equal numbers")
+        if remote * remote_tokens < tokens or local * local_tokens < tokens:
+            raise ValueError(
+                f"{tokens} tokens do not fit {remote} remote blocks of {remote_tokens} and {local} local blocks of "
+                f"{local_tokens}"
+            )
+        self.compared = self.held if remote_tokens == local_tokens else 0
 
     def take(self, message: Message, who: str) -> None:
         """A frame "ready", "computed" or "failed" from prefill. Raises :class:`ProtocolError`."""
@@ -41,13 +58,13 @@ class Incoming:
                 hashes, first = message.get("hashes"), message.get("first")
                 if first != len(self.hashes) or not isinstance(hashes, list) or not _are_hashes(hashes):
                     raise ProtocolError(f"{who} announced blocks that do not follow those it announced before")
-                if len(self.hashes) + len(hashes) > len(self.local):
+                if len(self.hashes) + len(hashes) > len(self.ticket.blocks):
                     raise ProtocolError(f"{who} announced more blocks than the ticket has")
                 self.hashes += hashes
             case "computed":
                 token = message.get("first_token")
                 whole = isinstance(token, int) and not isinstance(token, bool) and 0 <= token < _MAX_TOKEN
-                if not whole or len(self.hashes) < len(self.local):
+                if not whole or len(self.hashes) < len(self.ticket.blocks):
                     raise ProtocolError(f"{who} ended a prompt with token {token!r:.20} and blocks missing")
                 self.first_token = token
             case _:
@@ -60,18 +77,25 @@ class Incoming:
 
     def compare(self, places: Sequence[int], found: Hashes) -> list[int]:
         """Mark the blocks at `places` verified whose hash is prefill's; returns the places of the others."""
-        wrong = []
-        for place, value in zip(places, found.tolist(), strict=True):
-            if value == self.hashes[place]:
-                self._verified[place] = True
-            else:
-                wrong.append(place)
-        return wrong
+        right = set(self.right(places, found))
+        for place in right:
+            self._verified[place] = True
+        return [place for place in places if place not in right]
+
+    def right(self, places: Sequence[int], found: Hashes) -> list[int]:
+        """Those of `places` whose hash is prefill's."""
+        return [place for place, value in zip(places, found.tolist(), strict=True) if value == self.hashes[place]]
 
     @property
     def verified(self) -> int:
-        """So many leading blocks hold prefill's bytes."""
-        return next((place for place, done in enumerate(self._verified) if not done), len(self.local))
+        """So many leading blocks of prefill's are here."""
+        return next((place for place, done in enumerate(self._verified) if not done), len(self._verified))
+
+    @property
+    def verified_local(self) -> int:
+        """So many leading local blocks hold prefill's bytes."""
+        verified, (remote, local) = self.verified, self._tokens
+        return len(self.local) if verified == len(self._verified) else min(verified * remote // local, len(self.local))
 
     @property
     def complete(self) -> bool:

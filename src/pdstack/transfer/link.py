@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from base64 import b64decode
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -19,13 +20,17 @@ from pdstack.transfer.errors import (
     TransferError,
 )
 from pdstack.transfer.incoming import Incoming
-from pdstack.transfer.paths import BACKEND, Importers, Routes, read_offers
+from pdstack.transfer.landing import Landing
+from pdstack.transfer.layout import KVLayout
+from pdstack.transfer.paths import BACKEND, Routes, read_offers
 from pdstack.transfer.ticket import Ticket
 from pdstack.transfer.transport import Transport
 from pdstack.transfer.wire import Message
 
 # How long prefill may take to describe itself, or to answer a begin.
 _ANSWER_S = 5.0
+# Blocks, or tokens in one: beyond this a number is no size.
+_MOST = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -33,23 +38,32 @@ class Expected:
     """What a prefill agent has to be like for this decode agent."""
 
     backend: str
-    layout: str
-    block_bytes: int
+    layout: KVLayout
     hashing: str
 
-    def check(self, message: Message, who: str) -> None:
-        """Raise :class:`LayoutMismatch` unless prefill's description fits."""
+    def check(self, message: Message, who: str) -> KVLayout:
+        """Prefill's layout: this worker's own, but for the number of blocks and, it may be, the tokens in one.
+
+        Raises :class:`LayoutMismatch` unless prefill's description fits, :class:`ProtocolError` if it is none.
+        """
         if message.get("backend") != self.backend:
             raise LayoutMismatch(
                 f"{who} moves KV over {message.get('backend')!r:.40}, this worker over {self.backend!r}: "
                 "kv_transfer_backend must be the same on all workers",
                 code="backend",
             )
-        if message.get("layout") != self.layout or message.get("block_bytes") != self.block_bytes:
+        counts: dict[str, Any] = {}
+        for field in ("num_blocks", "block_size"):
+            number = message.get(field)
+            if not isinstance(number, int) or isinstance(number, bool) or not 0 < number < _MOST:
+                raise ProtocolError(f"{who} has {number!r:.40} as its {field}, wanted a whole number")
+            counts[field] = number
+        theirs = replace(self.layout, **counts)
+        if message.get("layout") != theirs.fingerprint():
             raise LayoutMismatch(
-                f"{who} has KV layout {str(message.get('layout'))[:16]!r} with blocks of "
-                f"{message.get('block_bytes')!r:.20} bytes, this worker has {self.layout[:16]!r} with "
-                f"{self.block_bytes}: model, dtype or block size differ"
+                f"{who} has KV layout {str(message.get('layout'))[:16]!r} with blocks of {theirs.block_size} tokens, "
+                f"this worker has {self.layout.fingerprint()[:16]!r} with {self.layout.block_size}: model, dtype or "
+                "engine differ"
             )
         if message.get("hashing") != self.hashing:
             raise LayoutMismatch(
@@ -57,6 +71,7 @@ class Expected:
                 "host memory and in GPU memory cannot be mixed",
                 code="hashing",
             )
+        return theirs
 
 
 class Link:
@@ -67,12 +82,13 @@ class Link:
         self.channel, self.where = channel, where
         self.name = channel.peer.name
         self.incarnation = channel.peer.incarnation
-        self.num_blocks = 0
         self.reads: set[asyncio.Future[Any]] = set()
         self.lost: asyncio.Future[TransferError] = loop.create_future()
         self.executor = ThreadPoolExecutor(1, thread_name_prefix=f"kv-read-{self.name}")
         self.transports: set[Transport] = set()
         self._routes: Routes | None = None
+        self._landing: Landing | None = None
+        self._layout: KVLayout | None = None
         self._heartbeat_s = heartbeat_s
         self._silence_s = heartbeat_s * MISSED_HEARTBEATS
         self._ids = count(1)
@@ -87,23 +103,37 @@ class Link:
             raise RuntimeError("the link is not open")
         return self._routes
 
-    async def open(self, importers: Importers, expected: Expected) -> None:
-        """Take prefill's description and connect the best way to read. Raises a :class:`TransferError`."""
+    @property
+    def landing(self) -> Landing:
+        """Where blocks are read into; there is one once the link is open."""
+        if self._landing is None:
+            raise RuntimeError("the link is not open")
+        return self._landing
+
+    @property
+    def layout(self) -> KVLayout:
+        """Prefill's layout, once the link is open."""
+        if self._layout is None:
+            raise RuntimeError("the link is not open")
+        return self._layout
+
+    async def open(self, land: Callable[[KVLayout], Landing], expected: Expected) -> None:
+        """Take prefill's description and connect the best way to read. Raises a :class:`TransferError`.
+
+        `land` gives the place for blocks of prefill's layout; it is called in the link's thread.
+        """
         message = await self.channel.receive(_ANSWER_S)
         if message["type"] != "describe":
             raise ProtocolError(f"{self.name} sent {message['type']!r:.40}, wanted 'describe'")
-        expected.check(message, self.name)
-        number = message.get("num_blocks")
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise ProtocolError(f"{self.name} has {number!r:.40} blocks, wanted a whole number")
-        self.num_blocks = number
+        self._layout = theirs = expected.check(message, self.name)
         try:
             metadata = b64decode(message["metadata"], validate=True)
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"{self.name}'s description cannot be read: {error}") from None
         offers = {BACKEND: metadata, **read_offers(message.get("paths"), self.name)}
         loop = asyncio.get_running_loop()
-        self._routes = await loop.run_in_executor(self.executor, importers.connect, offers, self.name)
+        self._landing = await loop.run_in_executor(self.executor, land, theirs)
+        self._routes = await loop.run_in_executor(self.executor, self._landing.importers.connect, offers, self.name)
         self._tasks = [loop.create_task(self._receive()), loop.create_task(self._beat())]
 
     async def begin(self, incoming: Incoming) -> None:
@@ -207,4 +237,7 @@ class Link:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.channel.close()
         await asyncio.to_thread(self.executor.shutdown)
-        return self._routes.take_parked() if self._routes is not None else []
+        parked = self._routes.take_parked() if self._routes is not None else []
+        if self._landing is not None and not parked:
+            await asyncio.to_thread(self._landing.close)
+        return parked

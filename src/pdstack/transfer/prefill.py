@@ -261,7 +261,7 @@ class PrefillAgent(TransferAgent):
                     "type": "describe",
                     "backend": self.config.backend,
                     "layout": self._fingerprint,
-                    "block_bytes": self.layout.block_bytes,
+                    "block_size": self.layout.block_size,
                     "num_blocks": self.layout.num_blocks,
                     "hashing": self._store.hashing,
                     "metadata": b64encode(self._exporter.metadata()).decode(),
@@ -349,7 +349,7 @@ class PrefillAgent(TransferAgent):
     def _checked(self, message: Message) -> Ticket:
         """The ticket in a message, if we issued it. Raises :class:`TicketError`."""
         ticket = Ticket.from_wire(message.get("ticket"))
-        verify(ticket, self.config.cluster_key, audience=self._identity.audience, layout=self._fingerprint)
+        verify(ticket, self.config.cluster_key, audience=self._identity.audience)
         if ticket.worker != self.name:
             raise Refused(f"the ticket is of worker {ticket.worker!r}, this is {self.name!r}", code="worker")
         if ticket.incarnation != self.incarnation:

@@ -91,8 +91,8 @@ def new_nonce() -> str:
     return secrets.token_hex(16)
 
 
-def verify(ticket: Ticket, key: ClusterKey, *, audience: str, layout: str) -> None:
-    """Check what either end can check alone: MAC, direction, audience, layout. Raises :class:`TicketError`."""
+def verify(ticket: Ticket, key: ClusterKey, *, audience: str) -> None:
+    """Check what either end can check alone: MAC, direction, audience. Raises :class:`TicketError`."""
     if not hmac.compare_digest(ticket.mac.encode(), _mac(ticket, key).encode()):
         raise TicketError(
             f"ticket of request {_show(ticket.request_id)} is not signed with this cluster's key: it is forged, "
@@ -109,12 +109,6 @@ def verify(ticket: Ticket, key: ClusterKey, *, audience: str, layout: str) -> No
             f"ticket of request {_show(ticket.request_id)} is for {_show(ticket.audience)}, "
             f"this worker is {audience!r}",
             code="audience",
-        )
-    if ticket.layout != layout:
-        raise TicketError(
-            f"ticket of request {_show(ticket.request_id)} has KV layout {_show(ticket.layout[:16])}, this worker has "
-            f"{layout[:16]!r}: model, dtype or block size differ between prefill and decode",
-            code="layout",
         )
 
 

@@ -376,7 +376,7 @@ async def test_another_key_gets_nothing(pair: Pair) -> None:
 @in_pair(decode_options={"layout": replace(LAYOUT, head_dim=8)})
 async def test_another_layout_gets_nothing(pair: Pair) -> None:
     ticket = pair.export()
-    await refused(pair, ticket, "layout")
+    await refused(pair, ticket, "layout", TransferError)
     # Even with a ticket that claims the other layout: prefill describes its own.
     other = replace(LAYOUT, head_dim=8).fingerprint()
     await refused(pair, replace(ticket, layout=other).signed(KEY), "layout", TransferError)

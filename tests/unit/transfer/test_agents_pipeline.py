@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_agents import KEY, LAYOUT, Copying, Pair, agent, backend, in_pair, pair_of, refused, run, until
 
-from pdstack.transfer import ChecksumMismatch, PeerUnreachable, Refused, Role, TransferError
+from pdstack.transfer import ChecksumMismatch, KVLayout, PeerUnreachable, Refused, Role, TransferError
 
 __all__ = ["backend"]  # the fixture
 
@@ -261,7 +263,7 @@ async def test_wrong_bytes_are_read_again_over_another_path(pair: Pair) -> None:
     assert report.bytes == 4 * LAYOUT.block_bytes
     assert arrived(pair, 5)
     mismatch = next(entry for entry in pair.decode.audit.recent() if entry["event"] == "mismatch")
-    assert (mismatch["path"], mismatch["again"], mismatch["blocks"]) == ("backend", "cma", [5, 6])
+    assert (mismatch["path"], mismatch["again"], mismatch["blocks"]) == ("backend", "cma", [1, 2])
     assert pair.decode.metrics.retries.labels("prefill-0")._value.get() == 1
 
 
@@ -341,3 +343,68 @@ def test_every_transfer_and_refusal_is_on_record(backend: Copying, tmp_path: Pat
     assert (refusal["peer"], refusal["verdict"]) == ("decode-0", "replayed")
     assert KEY  # and neither file holds it
     assert not any("k" * 8 in file.read_text() for file in files.values())
+
+
+COARSE = replace(LAYOUT, block_size=8, num_blocks=12)
+
+
+def numbered(pool: Any) -> None:
+    pool[...] = np.arange(pool.size, dtype=np.float32).reshape(pool.shape) + 1
+
+
+def tokens_of(pool: Any, blocks: Sequence[int], tokens: int) -> Any:
+    """(layers, 2, tokens, heads, dim), wherever they lie."""
+    return np.concatenate([pool[block] for block in blocks], axis=2)[:, :, :tokens]
+
+
+@pytest.mark.parametrize("path", ["backend", "cma", "stream"])
+@pytest.mark.parametrize(("theirs", "ours"), [(LAYOUT, COARSE), (COARSE, LAYOUT)])
+def test_blocks_of_another_length_are_verified_whole_and_then_sliced(
+    backend: Copying, theirs: KVLayout, ours: KVLayout, path: str
+) -> None:
+    async def body() -> None:
+        prefill = await agent(Role.PREFILL, layout=theirs, path=path)
+        decode = await agent(Role.DECODE, layout=ours, path=path)
+        pair = Pair(backend, prefill, decode)
+        source, target = pool_of(prefill), pool_of(decode)
+        numbered(source)
+        tokens = 29
+        blocks = [9, 3, 4, 11, 5, 6, 7, 8][: -(-tokens // theirs.block_size)]
+        local = [2, 7, 4, 1, 10, 9, 0, 3][: -(-tokens // ours.block_size)]
+        ticket = prefill.export("r", blocks, tokens, None, lambda r, why: pair.released.append((r, str(why))))
+        fetch = asyncio.create_task(decode.fetch(ticket, local))
+        for ready in range(1, len(blocks)):
+            prefill.advance("r", ready)
+            await asyncio.sleep(0.005)
+        prefill.complete("r", 3)
+        report = await fetch
+        assert report.bytes == len(blocks) * theirs.block_bytes
+        assert np.array_equal(tokens_of(source, blocks, tokens), tokens_of(target, local, tokens))
+        untouched = [block for block in range(ours.num_blocks) if block not in local]
+        assert not target[untouched].any()
+        # What decode holds is compared, and written by nobody.
+        again = prefill.export("s", blocks, tokens, 3, lambda _r, _why: None)
+        assert (await decode.fetch(again, local, held=1)).first_token == 3
+        target[local[0]].reshape(-1)[3] += 1
+        before = target.copy()
+        again = prefill.export("t", blocks, tokens, 3, lambda _r, _why: None)
+        with pytest.raises(ChecksumMismatch) as error:
+            await decode.fetch(again, local, held=1)
+        assert error.value.code == "prefix"
+        assert np.array_equal(target[local[0]], before[local[0]])
+        # Bytes that are wrong never reach the pool.
+        target[...] = 0
+        again = prefill.export("u", blocks, tokens, 3, lambda _r, _why: None)
+        source[blocks[0]].reshape(-1)[5] += 1
+        with pytest.raises(ChecksumMismatch):
+            await decode.fetch(again, local)
+        size = min(theirs.block_size, ours.block_size)
+        assert not tokens_of(target, local, size).any()
+        await decode.close()
+        await prefill.close()
+
+    run(body())
+
+
+def pool_of(one: Any) -> Any:
+    return one._store.pool

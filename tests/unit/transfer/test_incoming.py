@@ -65,10 +65,35 @@ def test_any_frame_is_taken_or_refused(kind: str, values: dict[str, Any]) -> Non
         assert incoming.first_token is None
 
 
-@pytest.mark.parametrize(("local", "held"), [([1], 0), ([1, 1, 2], 0), ([1, 2, 3], 4), ([1, 2, 3], -1)])
-def test_impossible_fetches_are_refused(local: list[int], held: int) -> None:
+@pytest.mark.parametrize(
+    ("local", "held", "sizes"),
+    [
+        ([1], 0, (3, 3)),
+        ([1, 1, 2], 0, (3, 3)),
+        ([1, 2, 3], 4, (3, 3)),
+        ([1, 2, 3], -1, (3, 3)),
+        ([1, 2, 3], 0, (2, 2)),
+        ([1, 2, 3], 0, (3, 2)),
+        ([1, 2], 0, (2, 8)),
+    ],
+)
+def test_impossible_fetches_are_refused(local: list[int], held: int, sizes: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"blocks|block is named"):
-        Incoming(TICKET, local, held)
+        Incoming(TICKET, local, held).fit(*sizes)
+
+
+def test_verified_blocks_are_counted_in_decodes_own() -> None:
+    incoming = Incoming(TICKET, [7, 8], 0)
+    incoming.fit(4, 6)
+    incoming.take(ready(0, 10, 11, 12), "p")
+    found = []
+    for place in range(3):
+        incoming.compare([place], np.array([10 + place], np.uint64))
+        found.append(incoming.verified_local)
+    assert found == [0, 1, 2]
+    incoming = Incoming(TICKET, [7, 8, 9], 1)
+    incoming.fit(3, 3)
+    assert incoming.compared == 1
 
 
 def test_it_can_be_waited_for() -> None:
