@@ -57,11 +57,11 @@ measured order of the ways, looks at the others now and then, and changes on evi
 *Everything is on record.* Each transfer, refusal, lost connection and change of path is a line of JSON in a file that
 rotates (:mod:`pdstack.transfer.audit`).
 
-Where things are: `agent` (the common surface), `prefill` with `exports` (its state machine), `decode` with `link` (one
-prefill agent), `fetch` (one transfer), `incoming` (what is here of it) and `landing` (where it goes), `choice`; `ticket`, `wire` (frames and
-handshake on bytes), `channel` (the same on sockets); `layout`, `store` (blocks and their hashes), `plan` (which bytes
-go where), `paths` (shared, cma, stream), `backends` (ucx, nixl), `gpu`; `transport`, `audit`, `config`, `metrics`;
-`qualify` (the proof of the path before serving), `limit` (memcpy, the yardstick).
+Where things are: `agent` (the common surface), `prefill` with `exports` (its state machine), `decode` with `link`
+(one prefill agent), `fetch` (one transfer), `incoming` (what is here of it) and `landing` (where it goes), `choice`;
+`ticket`, `wire` (frames and handshake on bytes), `channel` (the same on sockets); `layout`, `store` (blocks and their
+hashes), `plan` (which bytes go where), `paths` (shared, cma, stream), `backends` (ucx, nixl), `gpu`; `transport`,
+`audit`, `config`, `metrics`; `qualify` (the proof of the path before serving), `limit` (memcpy, the yardstick).
 """
 
 from __future__ import annotations
