@@ -131,7 +131,11 @@ class DecodeHandler(Handler):
 
     async def work(self, job: Job, wanted: Request) -> None:
         """Give the first token, which prefill chose, then one item a step."""
-        ticket, instance = ticket_of(job.request, job.request_id, wanted)
+        try:
+            ticket, instance = ticket_of(job.request, job.request_id, wanted)
+        except TicketError as error:
+            self.agent.audit.record("refused", request=job.request_id, verdict=error.code, reason=str(error))
+            raise
         attempts = Attempts(self.attempts)
         while True:
             try:

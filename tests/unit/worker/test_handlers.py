@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from pdstack.engine import EngineError, Overloaded, PrefillResult, Request, RequestCancelled, Reservation, Step
 from pdstack.transfer import ClusterKey, TicketError, TransferError
+from pdstack.transfer.audit import AuditLog
 from pdstack.transfer.ticket import Ticket, issue
 from pdstack.worker.again import AskAgainFailed
 from pdstack.worker.finished import FinishedRequests
@@ -102,6 +103,7 @@ class Agent:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.audit = AuditLog("", 1, 1)
         self.errors: list[TransferError] = []
         self.released: Any = None
         self.stuck = False
@@ -277,6 +279,7 @@ def test_decode_refuses_what_is_not_its_ticket(ticket: Ticket | None, error: typ
         assert bench.engine.calls == []
         assert bench.agent.calls == []
         assert bench.record()["outcome"] == "refused"
+        assert [entry["event"] for entry in bench.agent.audit.recent()] == ["refused"] * (ticket is not None)
 
     asyncio.run(scenario())
 

@@ -19,6 +19,7 @@ import traceback
 import uuid
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -109,22 +110,24 @@ class NixlImporter(Importer):
         self._name = f"{name}-{uuid.uuid4().hex[:12]}"
         self._numbers = count(1)
         self._log = UcxLog.of("nixl")
-        # Making an agent takes 0.4 s: the first peer gets this one, and a wrong environment fails at start.
-        self._spare: Any = _agent(self._next_name(), progress_thread=False)
+        # Making an agent takes 0.4 s, and destroying one is how a read is given up: so one always stands by. One thread
+        # makes them, never two at a time. The first is made now: a wrong environment fails at start.
+        self._maker = ThreadPoolExecutor(1, thread_name_prefix="kv-nixl-agent")
+        self._spare = self._make()
+        self._spare.result()
 
-    def _next_name(self) -> str:
-        return f"{self._name}-{next(self._numbers)}"
+    def _make(self) -> Future[Any]:
+        return self._maker.submit(_agent, f"{self._name}-{next(self._numbers)}", progress_thread=False)
 
     def connect(self, metadata: bytes) -> Peer:
         """Connect with an agent made for this peer alone."""
-        agent, self._spare = self._spare, None
-        if agent is None:
-            agent = _agent(self._next_name(), progress_thread=False)
-        return NixlPeer(agent, self._pool, metadata, self._log)
+        spare, self._spare = self._spare, self._make()
+        return NixlPeer(spare.result(), self._pool, metadata, self._log)
 
     def close(self) -> None:
         """See the base class."""
-        self._spare = None
+        self._maker.shutdown()
+        del self._spare
         gc.collect()
         self._log.forward()
 
