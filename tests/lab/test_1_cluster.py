@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -56,7 +57,12 @@ def test_deploy_brings_up_every_service_on_its_host(cluster: Cluster) -> None:
     assert set(cluster.inspect()) == SERVICES
     results = cluster.results()
     assert results["passed"]
-    assert "tcp" in results["kv"]["transports"]
+    assert set(results["kv"]["transports"]) & {"tcp", "stream"}
+    measured = json.loads((cluster.state_dir / "kv_path.json").read_text())["pairs"]
+    workers = cluster.topology["workers"]
+    roles = {role: {w["name"] for w in workers if w["role"] == role} for role in ("prefill", "decode")}
+    assert {(pair["prefill"], pair["decode"]) for pair in measured} == set(product(roles["prefill"], roles["decode"]))
+    assert all(not pair["problems"] for pair in measured)
 
 
 def test_the_members_of_etcd_are_one_cluster(deployed: Cluster) -> None:

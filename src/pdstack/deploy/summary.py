@@ -30,11 +30,20 @@ def service_table(services: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def kv_line(kv: Mapping[str, Any]) -> str:
-    """Return the KV path in one line: backend, transport, speed and its share of a memcpy of the same run."""
+    """Return the KV path in one line: backend, transport, speed and its share of a memcpy of the same run.
+
+    Agents with paths ship a prompt while it is computed: how fast that goes says more of the engines than of the path,
+    which was measured before (:func:`path_lines`), so it has no share there.
+    """
     transports = ", ".join(kv.get("transports") or ()) or "none seen"
-    path = f"path {kv['path']}, " if kv.get("path") else ""
-    line = f"KV path: {path}backend {kv.get('backend', '-')}, transport {transports}"
     speed, limit = kv.get("gb_per_s"), kv.get("memcpy_gb_per_s")
+    if kv.get("path"):
+        tried = f" (tried beside it: {', '.join(kv['tried'])})" if kv.get("tried") else ""
+        beside = f", {speed:.2f} GB/s while the engines computed" if speed is not None else ""
+        return (
+            f"KV in service: path {kv['path']}, backend {kv.get('backend', '-')}, transport {transports}{tried}{beside}"
+        )
+    line = f"KV path: backend {kv.get('backend', '-')}, transport {transports}"
     if speed is not None:
         line += f", {speed:.2f} GB/s"
     elif kv.get("fabric"):

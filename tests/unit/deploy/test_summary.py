@@ -43,6 +43,14 @@ def test_the_kv_line_names_backend_transport_speed_and_share() -> None:
     )
 
 
+def test_what_moved_while_prompts_were_computed_is_no_speed_of_the_path() -> None:
+    kv = {**VERIFY["kv"], "path": "auto", "transports": ["shared"], "tried": ["stream"]}
+    assert summary.kv_line(kv) == (
+        "KV in service: path auto, backend ucx, transport shared (tried beside it: stream), 4.00 GB/s while the "
+        "engines computed"
+    )
+
+
 def measured(pairs: int) -> dict[str, Any]:
     found = [
         {

@@ -30,7 +30,7 @@ def test_it_was_proved(results: dict[str, Any]) -> None:
     assert len(results["services"]) == 5
     assert results["equality"]["tokens"] > 0
     assert results["kv"]["backend"] == "ucx"
-    assert results["kv"]["transports"] == ["cma"]
+    assert results["kv"]["transports"] in (["shared"], ["cma"], ["cma", "shared"])
     assert results["kv"]["gb_per_s"] > 0
     assert results["kv"]["memcpy_gb_per_s"] > 0
 
