@@ -217,6 +217,14 @@ def bench_kv(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def bench_idle(session: nox.Session) -> None:
+    """What idle agents cost, and how soon prefill hears that decode has all (-- --first, see --help)."""
+    env = environment(session, "dev")
+    path = {"PYTHONPATH": f"{ROOT}/src:{ROOT}"}
+    run(session, env | path, "python", "-m", "benchmarks.kv_idle", *session.posargs)
+
+
+@nox.session(default=False)
 def bench_gpu(session: nox.Session) -> None:
     """KV between two processes' GPU memory: kernel, agents, torch, NIXL, the limit (on a GPU host, its own python3)."""
     # Torch and Triton are the host's or the image's: they fit its driver, and are in no lock file here.

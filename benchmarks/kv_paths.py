@@ -98,7 +98,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 class Priority:
     """While it is entered, all threads of these processes go before all other work of the machine, in real time.
 
-    For a machine that others use meanwhile. A move is short, and thrice its time is left to the others after it.
+    For a machine that others use meanwhile. A move is short, and as much time is left to the others after it.
     """
 
     def __init__(self, pids: Sequence[int]) -> None:
@@ -116,7 +116,7 @@ class Priority:
 
     def __exit__(self, *_: object) -> None:
         self._schedule(os.SCHED_OTHER, 0)
-        time.sleep(3 * (time.perf_counter() - self._began))
+        time.sleep(time.perf_counter() - self._began)
 
 
 def measure(

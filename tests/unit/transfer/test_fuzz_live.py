@@ -48,7 +48,7 @@ from pdstack.transfer.wire import MAX_GREETING, encode
 LAYOUT = KVLayout(num_blocks=16, num_layers=2, block_size=4, num_kv_heads=2, head_dim=4, model_id="m")
 KEY = ClusterKey(b"k" * 32)
 NBYTES = 1 << 20
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 # What came where only a mistake of ours could bring it.
 unexpected: list[object] = []
 
@@ -77,10 +77,10 @@ class World:
             path="stream",
             listen_host="127.0.0.1",
             listen_port=0,
-            heartbeat_s=0.2,
+            heartbeat_s=2.0,  # a machine that is busy otherwise is not a lost peer
             resume_s=0.2,
-            read_timeout_s=1.0,
-            stall_timeout_s=1.0,
+            read_timeout_s=10.0,
+            stall_timeout_s=10.0,
         )
         return await TransferAgent.create(
             role, name=f"{role}-0", audience="a", layout=LAYOUT, pool=pool, config=config,
@@ -245,7 +245,7 @@ def evil(world: World) -> Iterator[dict[str, Any]]:
     server = world.call(asyncio.start_server(serve, "127.0.0.1", 0))
     script["port"] = server.sockets[0].getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pdstack.transfer.link._ANSWER_S", 0.5)  # many of them say nothing
+        patch.setattr("pdstack.transfer.link._ANSWER_S", 2.0)  # many of them say nothing
         yield script
     world.loop.call_soon_threadsafe(server.close)
 
