@@ -82,6 +82,16 @@ def test_swapped_blocks_are_seen_and_their_numbers_do_not_matter(seed: int, orde
 
 
 @STILL
+@given(SEEDS, st.permutations(range(6)))
+def test_a_block_for_itself_has_one_checksum_wherever_it_is_named(seed: int, order: list[int]) -> None:
+    data = pool(seed)
+    alone = checksum.block_sums(data, range(6), None)
+    assert np.array_equal(checksum.block_sums(data, order, None), alone[order])
+    assert np.array_equal(alone[:1], checksum.block_sums(data, [0]))
+    assert len(np.unique(np.concatenate((alone, checksum.block_sums(data, range(1, 6), 1))))) == 11
+
+
+@STILL
 @given(SEEDS, st.integers(0, 127), st.integers(1, 128))
 def test_zeroed_and_stale_runs_are_seen(seed: int, start: int, length: int) -> None:
     data = pool(seed, 2) | 1
