@@ -60,9 +60,9 @@ rotates (:mod:`pdstack.transfer.audit`).
 Where things are: `agent` (the common surface), `prefill` with `exports` (its state machine), `decode` with `link`
 (one prefill agent), `fetch` (one transfer), `incoming` (what is here of it) and `landing` (where it goes), `choice`;
 `ticket`, `wire` (frames and handshake on bytes), `channel` (the same on sockets); `layout`, `store` (blocks and their
-hashes), `plan` (which bytes go where), `paths` (shared, cma, stream; of GPU memory cuda_ipc, staged), `gpu` (its kernels),
-`backends` (ucx, nixl); `transport`,
-`audit`, `config`, `metrics`; `qualify` (the proof of the path before serving), `limit` (memcpy, the yardstick).
+hashes), `plan` (which bytes go where), `paths` (shared, cma, stream; of GPU memory cuda_ipc, staged), `gpu` (kernels),
+`backends` (ucx, nixl); `transport`, `audit`, `config`, `metrics`; `qualify` (the proof of the path before serving),
+`limit` (memcpy, the yardstick).
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ from pdstack.transfer import channel as control
 from pdstack.transfer.channel import MAX_UNREAD, Identity
 from pdstack.transfer.paths import CmaExporter, CmaPeer, Region, StreamExporter, StreamPeer, sockets, stream
 from pdstack.transfer.paths.offers import Offers
-from pdstack.transfer.paths.staged import StagedExporter, StagedPeer
+from pdstack.transfer.paths.staged import StagedExporter
+from pdstack.transfer.paths.staged_peer import StagedPeer
 from pdstack.transfer.plan import blocks
 from pdstack.transfer.ticket import issue
 from pdstack.transfer.wire import MAX_GREETING, encode
