@@ -110,15 +110,16 @@ class End:
         self._released: dict[str, int] = {}
         self._wanted, self._all = 0, asyncio.Event()
         self._verified = 0
-        compare = Incoming.compare
+        right = Incoming.right
 
         def timed(incoming: Incoming, *arguments: Any) -> list[int]:
-            wrong = compare(incoming, *arguments)
-            self._verified = time.monotonic_ns()
-            return wrong
+            found = right(incoming, *arguments)
+            if threading.current_thread() is not threading.main_thread():
+                self._verified = time.monotonic_ns()
+            return found
 
-        # The moment itself is inside of a fetch, where only its own code sees it.
-        Incoming.compare = timed  # type: ignore[method-assign]
+        # The moment itself is inside of a fetch, in the thread that reads, where only its own code sees it.
+        Incoming.right = timed  # type: ignore[method-assign]
 
     async def open(self) -> None:
         if self._first:
