@@ -97,6 +97,11 @@ def test_between_hosts_the_plain_stream_is_the_limit() -> None:
     assert verdict.limit == "socket" and verdict.worst() == 1.0 and not verdict.problems
 
 
+def test_between_network_namespaces_of_one_host_too() -> None:
+    apart = dataclasses.replace(FACTS, namespaces={"pid": 1, "net": 4})
+    assert judge(pair(path("stream", 0.25), decode=apart), Demand()).limit == "socket"
+
+
 def test_another_path_is_used_where_the_first_refuses_and_a_wish_tells_why() -> None:
     assert judge(pair(BROKEN, CMA), Demand()).problems == ()
     elsewhere = dataclasses.replace(FACTS, namespaces={"pid": 1, "net": 4})

@@ -49,7 +49,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One pair, judged. `limit` names its yardstick: memcpy within a host, else one plain TCP stream.
+    """One pair, judged. `limit` names its yardstick: memcpy within a host's network namespace, else a plain stream.
 
     `order` is how agents with ``auto`` shall try the paths, the backend's under that name.
     """
@@ -101,7 +101,7 @@ def doubtful(pair: PairFound, demand: Demand) -> bool:
 
 
 def _judged(pair: PairFound, demand: Demand) -> Verdict:
-    limit = "memcpy" if pair.one_host else "socket"
+    limit = "memcpy" if pair.one_host and not _apart(pair) else "socket"
     usable = {one.path: one for one in pair.paths if one.usable}
     seconds = {path: _seconds(one) for path, one in usable.items()}
     names = {path: BACKEND if path == demand.backend else path for path in usable}
@@ -110,6 +110,12 @@ def _judged(pair: PairFound, demand: Demand) -> Verdict:
     chosen = next((usable[path] for path, name in names.items() if {path, name} & set(wanted)), None)
     fastest = tuple(sorted(usable, key=seconds.__getitem__))
     return Verdict(pair, chosen, limit, fastest, best, tuple(_problems(pair, chosen, limit, demand)))
+
+
+def _apart(pair: PairFound) -> bool:
+    """True for network namespaces that differ: of one host or not, what goes between them goes over a network."""
+    mine, theirs = (facts.namespaces.get("net") for facts in (pair.prefill_facts, pair.decode_facts))
+    return mine is not None and theirs is not None and mine != theirs
 
 
 def _seconds(one: Measured) -> Spread:
