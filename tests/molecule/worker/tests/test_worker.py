@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,7 @@ def test_the_fabric_profile_reached_the_container(
     assert (config["transfer"]["backend"], config["transfer"]["path"]) == ("ucx", "auto")
 
 
-def test_a_request_goes_through_prefill_and_decode(at: Callable[..., str]) -> None:
+def test_a_request_goes_through_prefill_and_decode_and_is_on_record(host: Host, at: Callable[..., str]) -> None:
     answer = ask.complete(at(8000), "tiny", list(range(1, 41)), 6)
     assert answer.good, answer.problem()
     record = ask.get_json(at(STATUS_PORTS["decode-0"], f"/requests/{answer.request_id}"))
@@ -58,15 +59,22 @@ def test_a_request_goes_through_prefill_and_decode(at: Callable[..., str]) -> No
     # Whichever of the profile's own paths the step kv_path found to be the better one.
     assert record["transfer"]["transport"] in ("shared", "cma")
     assert ask.get_json(at(STATUS_PORTS["prefill-0"], f"/requests/{answer.request_id}"))["role"] == "prefill"
+    # Where it outlives the container. Prefill writes when decode has said that it is done, so soon, not at once.
+    for worker, event in (("prefill-0", "export"), ("decode-0", "transfer")):
+        limit = time.monotonic() + 10
+        while not recorded(host, worker, event, answer.request_id):
+            assert time.monotonic() < limit, f"{worker} has no record of the {event}"
+            time.sleep(0.2)
 
 
-@workers
-def test_its_transfers_are_recorded_where_they_outlive_the_container(worker: str, host: Host) -> None:
+def recorded(host: Host, worker: str, event: str, request: str) -> bool:
     file = host.file(f"/var/lib/pdstack/molecule/{worker}/kv-audit.jsonl")
     assert file.uid == 64000
-    records = [json.loads(line) for line in file.content_string.splitlines()]
-    event = {"prefill-0": "export", "decode-0": "transfer"}[worker]
-    assert any((record["event"], record["verdict"]) == (event, "ok") for record in records)
+    records = map(json.loads, file.content_string.splitlines())
+    return any(
+        (record["event"], record.get("verdict")) == (event, "ok") and record["request"].startswith(request)
+        for record in records
+    )
 
 
 def test_prefill_listens_for_the_path_stream_where_the_topology_says(host: Host) -> None:
