@@ -68,7 +68,7 @@ def measure(model: Path, names: list[str], tokens: int, answer: int, rounds: int
                 for column, value in found.items():
                     samples[name][column].append(value)
         before_idle = {name: cpu_seconds(stack) for name, stack in stacks.items()}
-        time.sleep(IDLE_S)
+        time.sleep(IDLE_S)  # the length of the measurement
         for name, stack in stacks.items():
             samples[name]["idle core"].append((cpu_seconds(stack) - before_idle[name]) / IDLE_S)
         ways = {

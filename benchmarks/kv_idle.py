@@ -255,7 +255,7 @@ def measure(backend: str, path: str, seconds: float, notices: int, first: bool) 
     pair = Pair(backend, path, first)
     time.sleep(2)  # what connecting set off has ended
     before, began = pair.processor_s(), time.monotonic()
-    time.sleep(seconds)
+    time.sleep(seconds)  # the length of the measurement
     passed = time.monotonic() - began
     cores = [(after - was) / passed for after, was in zip(pair.processor_s(), before, strict=True)]
     found: dict[str, Any] = {"backend": backend, "path": path, "transport": pair.transport}

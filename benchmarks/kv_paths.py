@@ -116,7 +116,7 @@ class Priority:
 
     def __exit__(self, *_: object) -> None:
         self._schedule(os.SCHED_OTHER, 0)
-        time.sleep(time.perf_counter() - self._began)
+        time.sleep(time.perf_counter() - self._began)  # as long as others were kept from running
 
 
 def measure(

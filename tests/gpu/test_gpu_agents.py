@@ -102,7 +102,7 @@ def test_a_cancelled_fetch_leaves_its_blocks_alone(both: Both) -> None:
     both.decode.call("begin_fetch", both.prefill.call("export", "r5", source), target)
     both.decode.call("cancel_fetch", "r5")
     both.decode.call("clear")
-    time.sleep(0.3)
+    time.sleep(0.3)  # whatever could still come
     assert not pool_of(both.decode).any()
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import socket
 import struct
+import threading
 import time
+from collections.abc import Callable
 
 from pdstack.transfer.channel import HANDSHAKE_S, Identity
 from pdstack.transfer.errors import ProtocolError, Refused
@@ -84,3 +87,57 @@ def tune(sock: socket.socket, patience_s: float) -> None:
     limit = struct.pack("ll", int(patience_s), int(patience_s % 1 * 1e6))
     for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
         sock.setsockopt(socket.SOL_SOCKET, option, limit)
+
+
+class Server:
+    """Listens, and gives every connection to `converse` in a thread of its own; beyond `most` they are closed at once.
+
+    What `converse` raises ends its thread, so it deals with its errors itself. Raises OSError if it cannot listen.
+    """
+
+    def __init__(self, name: str, host: str, port: int, most: int, converse: Callable[[socket.socket], None]) -> None:
+        self._name, self._most, self._converse = name, most, converse
+        self._connections: dict[socket.socket, threading.Thread] = {}
+        self._lock = threading.Lock()
+        self.closed = False
+        self._listener = socket.create_server((host, port), backlog=most)
+        self.host, self.port = self._listener.getsockname()[:2]
+        self._thread = threading.Thread(target=self._listen, name=name, daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            with self._lock:
+                if self.closed or len(self._connections) >= self._most:
+                    sock.close()
+                    continue
+                thread = threading.Thread(target=self._one, args=(sock,), name=f"{self._name}-peer", daemon=True)
+                self._connections[sock] = thread
+                thread.start()
+
+    def _one(self, sock: socket.socket) -> None:
+        try:
+            self._converse(sock)
+        finally:
+            with self._lock:
+                self._connections.pop(sock, None)
+            sock.close()
+
+    def close(self, wake: Callable[[], None] = lambda: None) -> None:
+        """End all connections and wait for their threads; `wake` is called before that, for those that wait."""
+        with self._lock:
+            self.closed = True
+            connections = dict(self._connections)
+        wake()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for sock in connections:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in (self._thread, *connections.values()):
+            thread.join()

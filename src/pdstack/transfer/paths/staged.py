@@ -16,12 +16,10 @@ connection, and so the slot. It would then read another's blocks from it: their 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import socket
-import threading
 from collections import deque
 from typing import Protocol
 
@@ -30,7 +28,7 @@ import numpy as np
 from pdstack.transfer.backends.base import Exporter
 from pdstack.transfer.channel import HANDSHAKE_S, Identity
 from pdstack.transfer.errors import AuthenticationFailed, ProtocolError, ReadFailed, TransferError
-from pdstack.transfer.paths.sockets import accept, receive, receive_frame, tune
+from pdstack.transfer.paths.sockets import Server, accept, receive, receive_frame, tune
 from pdstack.transfer.paths.stage import Stage
 from pdstack.transfer.plan import Offsets
 from pdstack.transfer.wire import Message, Seal, encode
@@ -81,15 +79,10 @@ class StagedExporter(Exporter):
     ) -> None:
         self._stage, self._carriers = stage, carriers
         self._identity, self._patience_s = identity, patience_s
-        self._connections: dict[socket.socket, threading.Thread] = {}
-        self._lock = threading.Lock()
-        self._closed = False
-        self._listener = socket.create_server((host, port), backlog=_MAX_CONNECTIONS)
-        values = {"host": advertise, "port": self._listener.getsockname()[1], "blocks": stage.num_blocks}
+        self._server = Server("kv-staged", host, port, _MAX_CONNECTIONS, self._converse)
+        values = {"host": advertise, "port": self._server.port, "blocks": stage.num_blocks}
         values |= {"slot_bytes": stage.slot_bytes, "nbytes": stage.region.nbytes, "carriers": carriers.wire()}
         self._metadata = json.dumps(values).encode()
-        self._thread = threading.Thread(target=self._listen, name="kv-staged", daemon=True)
-        self._thread.start()
 
     def metadata(self) -> bytes:
         """Where to ask, the pool's blocks, the staging memory, and the metadata of each carrier, as JSON."""
@@ -97,20 +90,6 @@ class StagedExporter(Exporter):
 
     def tend(self) -> None:
         """Nothing to do."""
-
-    def _listen(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return  # closed
-            with self._lock:
-                if self._closed or len(self._connections) >= _MAX_CONNECTIONS:
-                    sock.close()
-                    continue
-                thread = threading.Thread(target=self._converse, args=(sock,), name="kv-staged-gather", daemon=True)
-                self._connections[sock] = thread
-                thread.start()
 
     def _converse(self, sock: socket.socket) -> None:
         held: set[int] = set()
@@ -128,9 +107,6 @@ class StagedExporter(Exporter):
         finally:
             for slot in held:
                 self._stage.slots.give(slot)
-            with self._lock:
-                self._connections.pop(sock, None)
-            sock.close()
 
     def _serve(self, sock: socket.socket, seal: Seal, held: set[int]) -> None:
         waiting: deque[Offsets] = deque()
@@ -138,7 +114,7 @@ class StagedExporter(Exporter):
             # With a slot in hand it is decode that must go on, and may be about to free it: that is read first. Without
             # one, other connections must.
             patience_s = 0 if held else 2 * self._patience_s  # longer than a frozen reader keeps its slot
-            slot = self._stage.slots.take(patience_s, lambda: self._closed) if waiting else None
+            slot = self._stage.slots.take(patience_s, lambda: self._server.closed) if waiting else None
             if slot is not None:
                 held.add(slot)
                 self._stage.gather(waiting.popleft(), slot)
@@ -175,18 +151,7 @@ class StagedExporter(Exporter):
 
     def close(self) -> None:
         """End all connections. Afterwards nothing is gathered, and the carriers serve nobody."""
-        with self._lock:
-            self._closed = True
-            connections = dict(self._connections)
-        self._stage.slots.wake()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for sock in connections:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        for thread in (self._thread, *connections.values()):
-            thread.join()
+        self._server.close(self._stage.slots.wake)
         self._carriers.close()
         self._stage.close()
 

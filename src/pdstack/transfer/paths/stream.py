@@ -41,7 +41,7 @@ from pdstack.transfer.errors import (
 from pdstack.transfer.metadata import NBYTES, Text, Whole, read_metadata
 from pdstack.transfer.paths import vectored
 from pdstack.transfer.paths.base import PathPeer, Region, hash_pieces
-from pdstack.transfer.paths.sockets import accept, connect, receive, receive_frame, tune
+from pdstack.transfer.paths.sockets import Server, accept, connect, receive, receive_frame, tune
 from pdstack.transfer.plan import Offsets, Plan, split
 from pdstack.transfer.store import HASH_UNIT, Hashes
 from pdstack.transfer.wire import Message, Seal, encode
@@ -104,16 +104,9 @@ class StreamExporter(Exporter):
     ) -> None:
         self._pool, self._identity, self._patience_s = pool, identity, patience_s
         self._memory = pool.bytes().toreadonly()
-        self._connections: dict[socket.socket, threading.Thread] = {}
-        self._lock = threading.Lock()
-        self._closed = False
-        self._listener = socket.create_server((host, port), backlog=_MAX_CONNECTIONS)
-        address = self._listener.getsockname()
-        self._metadata = json.dumps(
-            {"host": advertise or address[0], "port": address[1], "nbytes": pool.nbytes}
-        ).encode()
-        self._thread = threading.Thread(target=self._listen, name="kv-stream", daemon=True)
-        self._thread.start()
+        self._server = Server("kv-stream", host, port, _MAX_CONNECTIONS, self._converse)
+        where = {"host": advertise or self._server.host, "port": self._server.port}
+        self._metadata = json.dumps({**where, "nbytes": pool.nbytes}).encode()
 
     def metadata(self) -> bytes:
         """Where to connect, and the pool's size, as JSON. No secret: the handshake asks for the cluster key."""
@@ -121,20 +114,6 @@ class StreamExporter(Exporter):
 
     def tend(self) -> None:
         """Nothing to do."""
-
-    def _listen(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return  # closed
-            with self._lock:
-                if self._closed or len(self._connections) >= _MAX_CONNECTIONS:
-                    sock.close()
-                    continue
-                thread = threading.Thread(target=self._converse, args=(sock,), name="kv-stream-send", daemon=True)
-                self._connections[sock] = thread
-                thread.start()
 
     def _converse(self, sock: socket.socket) -> None:
         try:
@@ -152,10 +131,6 @@ class StreamExporter(Exporter):
             pass  # decode closed its end
         except (OSError, TransferError) as error:
             _log.info("a KV stream ended: %s", error)
-        finally:
-            with self._lock:
-                self._connections.pop(sock, None)
-            sock.close()
 
     def _answer(self, sock: socket.socket, seal: Seal) -> None:
         message = seal.check(receive_frame(sock, _MAX_HEADER))
@@ -184,17 +159,7 @@ class StreamExporter(Exporter):
 
     def close(self) -> None:
         """End all streams; nothing of the pool is read or sent afterwards, so its memory may go."""
-        with self._lock:
-            self._closed = True
-            connections = dict(self._connections)
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for sock in connections:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        for thread in (self._thread, *connections.values()):
-            thread.join()
+        self._server.close()
 
 
 class StreamPeer(PathPeer):

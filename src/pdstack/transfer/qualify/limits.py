@@ -7,16 +7,18 @@ import ctypes
 import hmac
 import secrets
 import socket
-import threading
 from typing import NamedTuple
 
 from pdstack.transfer.layout import KVLayout, allocate_pool
 from pdstack.transfer.paths import Region
+from pdstack.transfer.paths.sockets import Server
 
 _TOKEN = 32
 # What the socket of a vanished peer may take before the measurement goes on without it.
 _PATIENCE_S = 20.0
 _CHUNK = 4 << 20
+# Decode ends that measure at a time, and strangers.
+_MOST = 64
 
 
 class Address(NamedTuple):
@@ -48,23 +50,13 @@ class StreamServer:
     """Sends as many bytes as it is asked for to whoever shows the token; the bytes are its own and mean nothing."""
 
     def __init__(self, host: str, port: int = 0) -> None:
-        self._listener = socket.create_server((host, port))
         self._token = secrets.token_bytes(_TOKEN)
         self._content = memoryview(bytes(_CHUNK))
-        name = self._listener.getsockname()
-        self.address = Address(str(name[0]), int(name[1]), self._token.hex())
-        threading.Thread(target=self._listen, name="limit-stream", daemon=True).start()
-
-    def _listen(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return  # closed
-            threading.Thread(target=self._serve, args=(sock,), name="limit-stream-send", daemon=True).start()
+        self._server = Server("limit-stream", host, port, _MOST, self._serve)
+        self.address = Address(self._server.host, self._server.port, self._token.hex())
 
     def _serve(self, sock: socket.socket) -> None:
-        with sock, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
             sock.settimeout(_PATIENCE_S)
             if not hmac.compare_digest(_exactly(sock, _TOKEN), self._token):
                 return
@@ -77,9 +69,7 @@ class StreamServer:
 
     def close(self) -> None:
         """Serve nobody any more."""
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        self._server.close()
 
 
 class Stream:
