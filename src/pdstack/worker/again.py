@@ -12,15 +12,22 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pdstack.transfer import TransferError
+from pdstack.transfer import PeerUnreachable, ReadFailed, ReadTimeout, TransferError
 
 # Carried beside the ticket: Dynamo's number of the prefill worker that issued it. A hint, not signed.
 INSTANCE = "prefill_instance"
 
-# The worker does not answer or does not come on: another one is asked if there is one, or comes up in time.
-LOST = frozenset({"peer_unreachable", "read_failed", "read_timeout", "prefill_stalled", "incarnation"})
 # The worker may be well, but has not this KV (any more); or the prefix that decode held was not what prefill computes.
 GONE = frozenset({"prefill_failed", "unknown", "expired", "lost", "withdrawn", "generation", "prefix"})
+# A read that failed for these would fail again at any worker, or has to be heard of: wrong bytes, a right missing.
+LOUD = frozenset({"checksum", "not_permitted"})
+
+
+def is_lost(error: TransferError) -> bool:
+    """True if the worker does not answer or does not come on: another is asked if there is one, or comes up in time."""
+    if isinstance(error, PeerUnreachable | ReadFailed | ReadTimeout):
+        return error.code not in LOUD
+    return error.code in ("prefill_stalled", "incarnation")
 
 
 class AskAgainFailed(Exception):
@@ -50,10 +57,11 @@ class Attempts:
 
         `instance` is the worker whose KV was lost, None if unknown.
         """
-        if error.code not in LOST | GONE or self.made >= self.limit:
+        lost = is_lost(error)
+        if not (lost or error.code in GONE) or self.made >= self.limit:
             return False
         self.made += 1
-        if error.code in LOST and instance is not None:
+        if lost and instance is not None:
             self.avoid.add(instance)
         return True
 

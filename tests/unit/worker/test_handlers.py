@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from pdstack.engine import EngineError, Overloaded, PrefillResult, Request, RequestCancelled, Reservation, Step
-from pdstack.transfer import ClusterKey, TicketError, TransferError
+from pdstack.transfer import ClusterKey, PeerUnreachable, ReadTimeout, TicketError, TransferError
 from pdstack.transfer.audit import AuditLog
 from pdstack.transfer.ticket import Ticket, issue
 from pdstack.worker.again import AskAgainFailed
@@ -296,7 +296,11 @@ def test_overload_lets_prefill_free_the_export() -> None:
 
 
 def failure(code: str, verified: int = 0) -> TransferError:
-    error = TransferError("it went wrong", code=code)
+    kinds: dict[str, TransferError] = {
+        "peer_unreachable": PeerUnreachable("it went wrong"),
+        "read_timeout": ReadTimeout("it went wrong"),
+    }
+    error = kinds.get(code, TransferError("it went wrong", code=code))
     error.verified_blocks = verified
     return error
 
